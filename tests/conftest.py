@@ -1,0 +1,115 @@
+"""What tests share: stores of their own, a tiny project, free ports, and programs that Debian packages."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the session, and every process it starts, stores of its own and this environment's programs.
+
+    BentoML reads BENTOML_HOME once, when it is imported: a fixture could come too late.
+    """
+    home = tempfile.TemporaryDirectory(prefix="nbprod-tests-", ignore_cleanup_errors=True)
+    config.add_cleanup(home.cleanup)
+    for name in [name for name in os.environ if name.startswith("NBPROD_")]:
+        del os.environ[name]
+    os.environ["BENTOML_HOME"] = str(Path(home.name) / "bentoml")
+    os.environ["BENTOML_DO_NOT_TRACK"] = "True"
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    # Where this is set, nothing is compiled once and for all, and importing scikit-learn takes 6 s, not 2.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+@pytest.fixture(scope="session")
+def bentoml_home() -> Path:
+    """The session's BentoML store, the one that BENTOML_HOME names."""
+    return Path(os.environ["BENTOML_HOME"])
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small project with one commit, which is also the current folder; its store is inside it."""
+    folder = tmp_path / "project"
+    (folder / "nbs").mkdir(parents=True)
+    (folder / "settings.ini").write_text("[DEFAULT]\nlib_name = small\n\n[nbprod]\n", encoding="utf-8")
+    (folder / ".gitignore").write_text(".nbprod/\n", encoding="utf-8")
+    identity = ["-c", "user.name=Tester", "-c", "user.email=tester@example.com", "-c", "commit.gpgsign=false"]
+    for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-q", "-m", "Start"]):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """A function that gives a TCP port of localhost which nobody listens on, another one at each call."""
+    given: set[int] = set()
+
+    def find() -> int:
+        while True:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            if port not in given:
+                given.add(port)
+                return port
+
+    return find
+
+
+@cache
+def _apt_update() -> None:
+    subprocess.run(["apt-get", "update", "-qq"], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+
+
+def _apt_install(packages: str) -> None:
+    """Install `packages` quietly; whether that worked shows in the program that is looked for afterwards."""
+    _apt_update()
+    options = ["-y", "-qq", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=120"]
+    subprocess.run(
+        ["apt-get", "install", *options, *packages.split()],
+        env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+    )
+
+
+def require_debian(packages: str, program: str) -> str:
+    """The path of `program`, from the Debian `packages` (space between them) if it is not there yet.
+
+    Installs them where we may: as root on Debian. Elsewhere the test is skipped; in CI (CI=true), where
+    everything has to be tested, it fails.
+    """
+    if shutil.which(program) is None and shutil.which("apt-get") and os.geteuid() == 0:
+        _apt_install(packages)
+    found = shutil.which(program)
+    if found is None:
+        missing = f"{program} is missing; on Debian: apt-get install {packages}"
+        if os.environ.get("CI") == "true":
+            pytest.fail(missing, pytrace=False)
+        pytest.skip(missing)
+    return found
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The path of a Chromium; tests that ask for it are skipped where there is none."""
+    return require_debian("chromium", "/usr/bin/chromium")
+
+
+@pytest.fixture(scope="session")
+def podman() -> str:
+    """The path of podman with what it needs to build and run images."""
+    return require_debian("podman skopeo runc netavark aardvark-dns iptables", "/usr/bin/podman")
