@@ -31,7 +31,7 @@ bench: $(READY)  ## Run the benchmarks, one after the other
 	@for file in benchmarks/*.py; do echo "== $$file" && $(BIN)/python $$file || exit 1; done
 
 format: $(READY)  ## Format notebooks and code, then export the notebooks to nbprod/
-	$(BIN)/ruff check --quiet --fix . nbprod/templates
+	$(BIN)/ruff check --quiet --fix-only . nbprod/templates
 	$(BIN)/ruff format --quiet . nbprod/templates
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-clean --fname nbprod/templates
@@ -50,8 +50,8 @@ clean:  ## Remove what the other targets made: .venv, demo, .nbprod and the tool
 
 # pip fetches uv alone, the version and the hashes being the lock's; uv installs the rest of the lock.
 $(PACKAGES): requirements.lock
-	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("nbprod needs Python 3.11 or newer; \
-	    $(PYTHON) is %d.%d. Name another one: make PYTHON=python3.12 install" % v[:2])'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \
+	    "nbprod needs Python 3.11 or newer, and $(PYTHON) is %d.%d; name another one: make PYTHON=python3.12 install" % v[:2])'
 	$(PYTHON) -m venv .venv
 	sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > .venv/uv.txt
 	$(BIN)/python -m pip install --quiet --require-hashes -r .venv/uv.txt

@@ -8,7 +8,6 @@ import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from traitlets.config import Config
 
 NOTEBOOKS = sorted(
     path.relative_to(ROOT).as_posix()
@@ -38,11 +37,7 @@ def execute(path: Path) -> str | None:
     """Run the notebook at `path` without saving it; what the first cell that failed said, if one did."""
     notebook = nbformat.read(path, as_version=4)
     notebook.cells = [cell for cell in notebook.cells if not NOT_RUN.search(cell.source)]
-    # Over TCP, which is the default, a kernel is open to every user of the machine, and warns of it.
-    config = Config({"KernelManager": {"transport": "ipc"}})
-    client = NotebookClient(
-        notebook, config=config, timeout=120, resources={"metadata": {"path": str(path.parent)}}
-    )
+    client = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}})
     try:
         client.execute()
     except CellExecutionError as error:

@@ -1,13 +1,17 @@
 """The repository agrees with itself: notebooks, exported code, README, lock, the rooms' arrows."""
 
+import ast
 import filecmp
 import re
 import runpy
 import shutil
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from configparser import ConfigParser
+from importlib.metadata import packages_distributions
 from pathlib import Path
+from zipfile import ZipFile
 
 import nbformat
 import pytest
@@ -27,6 +31,13 @@ def run(*command: str, cwd: Path = ROOT) -> str:
     if done.returncode:
         pytest.fail(f"{' '.join(command)}\n{done.stdout}{done.stderr}", pytrace=False)
     return done.stdout
+
+
+def none_of(found: Iterable[str], advice: str) -> None:
+    """The test fails, with what to do, if anything was found."""
+    listed = sorted(set(found))
+    if listed:
+        pytest.fail("\n  ".join([f"{advice}:", *listed]), pytrace=False)
 
 
 def sources(*patterns: str) -> list[str]:
@@ -67,8 +78,7 @@ def test_notebooks_are_exported(tmp_path: Path) -> None:
     run("nbdev-export", cwd=tmp_path)
     exported = {path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("nbprod/**/*.py")}
     present = {name for name in sources("nbprod") if not name.startswith(PLAIN)}
-    different = differences(exported | present, tmp_path)
-    assert not different, "Not what the notebooks give; edit those, then: make format"
+    none_of(differences(exported | present, tmp_path), "Edit the notebook, then `make format`")
 
 
 def test_notebooks_are_clean(tmp_path: Path) -> None:
@@ -76,7 +86,7 @@ def test_notebooks_are_clean(tmp_path: Path) -> None:
     copy([*names, "pyproject.toml"], tmp_path)
     for folder in ("nbs", TEMPLATES):
         run("nbdev-clean", "--fname", folder, cwd=tmp_path)
-    assert not differences(set(names), tmp_path), "Not clean; run: make format"
+    none_of(differences(set(names), tmp_path), "Not clean: `make format`")
 
 
 def conflicts() -> Iterator[str]:
@@ -88,12 +98,14 @@ def conflicts() -> Iterator[str]:
 
 
 def test_notebooks_hold_no_conflict() -> None:
-    assert not list(conflicts())
+    none_of(conflicts(), "Conflicts that a merge left")
 
 
 def test_readme_is_the_index() -> None:
     text = runpy.run_path(str(ROOT / "scripts" / "readme.py"))["readme"]()
-    assert (ROOT / "README.md").read_text(encoding="utf-8") == text, "README.md is old; run: make readme"
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == text, (
+        "nbs/index.ipynb has changed: `make readme`"
+    )
 
 
 def settings() -> ConfigParser:
@@ -103,35 +115,85 @@ def settings() -> ConfigParser:
     return parser
 
 
-def requirements() -> Iterator[Requirement]:
-    """What settings.ini asks for, with every extra."""
+def requirements(*extras: str) -> Iterator[Requirement]:
+    """What settings.ini asks for, with these extras."""
     found = settings()
-    extras = [found["extras"][name] for name in found["extras"] if name not in found.defaults()]
-    for line in "\n".join([found["DEFAULT"]["requirements"], *extras]).splitlines():
+    texts = [found["DEFAULT"]["requirements"], *(found["extras"][name] for name in extras)]
+    for line in "\n".join(texts).splitlines():
         if line.strip():
             yield Requirement(line)
 
 
-def locked() -> dict[str, list[str]]:
-    """The versions that requirements.lock has of each package; more than one where Pythons differ."""
-    found: dict[str, list[str]] = {}
-    for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines():
-        if line[:1].isalnum():
-            pin = Requirement(line.removesuffix("\\"))
-            found.setdefault(canonicalize_name(pin.name), []).extend(part.version for part in pin.specifier)
-    return found
+def locked() -> tuple[dict[str, list[str]], set[str]]:
+    """What requirements.lock has: the versions of each package, and the packages that settings.ini asked for.
+
+    A package has more than one version where those differ between Pythons.
+    """
+    versions: dict[str, list[str]] = {}
+    direct: set[str] = set()
+    for entry in re.split(r"^(?=\w)", (ROOT / "requirements.lock").read_text(encoding="utf-8"), flags=re.M)[
+        1:
+    ]:
+        pin = Requirement(entry.partition("\n")[0].removesuffix("\\"))
+        versions.setdefault(canonicalize_name(pin.name), []).extend(part.version for part in pin.specifier)
+        if "nbprod (setup.py)" in entry:
+            direct.add(canonicalize_name(pin.name))
+    return versions, direct
 
 
-def test_lock_has_what_settings_ask_for() -> None:
-    versions = locked()
-    for asked in requirements():
-        found = versions.get(canonicalize_name(asked.name), [])
-        fits = found and all(asked.specifier.contains(version) for version in found)
-        assert fits, f"settings.ini asks for {asked}, requirements.lock has {found}; run: make lock"
+def test_lock_is_what_settings_ask_for() -> None:
+    versions, direct = locked()
+    extras = set(settings()["extras"]) - set(settings().defaults())
+    asked = {canonicalize_name(requirement.name): requirement for requirement in requirements(*extras)}
+    old = [f"{name} is no requirement any more" for name in direct - asked.keys()]
+    for name, requirement in asked.items():
+        found = versions.get(name, [])
+        if not found or not all(requirement.specifier.contains(version) for version in found):
+            old.append(f"{requirement} is asked for, {', '.join(found) or 'nothing'} is locked")
+    none_of(old, "settings.ini and requirements.lock differ: `make lock`")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The packages that a module imports, inside its functions too; not those of Python or of nbprod."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module or ""]
+        for name in names:
+            top = name.partition(".")[0]
+            if top not in sys.stdlib_module_names and top != "nbprod":
+                yield top
+
+
+def test_settings_ask_for_what_is_imported() -> None:
+    """What nbprod imports is a requirement with a range of its own, not there by chance with another."""
+    asked = {canonicalize_name(requirement.name) for requirement in requirements()}
+    owners = packages_distributions()
+    missing = [
+        f"{package}, in {name}"
+        for name in sources("nbprod/**.py")
+        if not name.startswith(PLAIN)
+        for package in imported(ROOT / name)
+        if not asked & set(map(canonicalize_name, owners.get(package, [package])))
+    ]
+    none_of(missing, "Not among the requirements in settings.ini")
+
+
+def test_wheel_holds_the_whole_package(tmp_path: Path) -> None:
+    """Who installs nbprod gets the templates, the widgets' JavaScript and the licence too."""
+    copy(sources(), tmp_path / "source")
+    run("python", "-m", "build", "--wheel", "--no-isolation", "--outdir", "..", cwd=tmp_path / "source")
+    [wheel] = tmp_path.glob("*.whl")
+    with ZipFile(wheel) as archive:
+        packed = set(archive.namelist())
+    none_of(set(sources("nbprod")) - packed, "Not in the wheel: see package_data in setup.py")
+    assert any(name.endswith("licenses/LICENSE") for name in packed)
 
 
 # Folders of somebody's machine, and the address that a package came from.
-PRIVATE = re.compile(r"/(?:root|home/\w+|Users/\w+|work)/|(?:index[-_]url|find[-_]links)\b|/simple[/]")
+PRIVATE = re.compile(r"/(?:root|home/(?!me/)\w+|Users/\w+|work)/|(?:index[-_]url|find[-_]links)\b|/simple[/]")
 
 
 def test_nothing_is_of_one_machine() -> None:
@@ -140,4 +202,4 @@ def test_nothing_is_of_one_machine() -> None:
         text = (ROOT / name).read_bytes().decode("utf-8", errors="replace")
         for hit in PRIVATE.finditer(text):
             found.append(f"{name}, line {text.count(chr(10), 0, hit.start()) + 1}: {hit[0]}")
-    assert not found
+    none_of(found, "Of one machine")
