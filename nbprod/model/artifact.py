@@ -9,6 +9,7 @@ import json
 import re
 import secrets
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime, UTC
 from pathlib import Path
@@ -202,6 +203,8 @@ def commit_staged(run: Run, _settings: Settings) -> None:
         shutil.copyfile(run.path, folder / "notebook.ipynb")
         commit(folder, facts["tag"], labels={"run": run.id})
         shutil.rmtree(folder)
+    with suppress(OSError):  # still there only if something of the user's is in it
+        (run.folder / "model").rmdir()
 
 
 def recover(settings: Settings) -> None:

@@ -64,7 +64,7 @@ def _number_text(number: float, digits: int) -> str:
     text = f"{number:.{digits}g}"
     return f"{number:.0f}" if "e+" in text and abs(number) < 1e15 else text
 
-
+# %% ../../nbs/model/baseline.ipynb #a6c2130d
 def _edge_texts(edges: Sequence[float], time: bool) -> list[str]:
     """The edges as text, with the fewest digits that tell them apart."""
     import numpy as np
@@ -96,7 +96,7 @@ def edge_words(
         for i, edge in enumerate(edges)
     ]
 
-
+# %% ../../nbs/model/baseline.ipynb #d6366b87
 def interval_labels(edges: Sequence[float], spikes: Iterable[float] = (), time: bool = False) -> list[str]:
     """Labels of the `len(edges) + 1` bins: `< 10`, `10 – 20`, `≥ 20`; that of a spike is its value alone."""
     if not edges:
@@ -120,7 +120,7 @@ def _seconds(values: Any) -> np.ndarray:
     raw = moments.to_numpy(dtype="datetime64[us]")
     return np.where(np.isnat(raw), np.nan, raw.astype("int64") / 1e6)
 
-
+# %% ../../nbs/model/baseline.ipynb #0e883a07
 def _numbers(values: Any, time: bool) -> np.ndarray:
     """`values` as floats; NaN where missing."""
     import numpy as np
@@ -199,7 +199,7 @@ def _count_numbers(histogram: Histogram, values: Any) -> np.ndarray:
     places = np.searchsorted(histogram._boundaries, _numbers(values, histogram.time), side="right")
     return np.bincount(places, minlength=len(histogram.labels))
 
-
+# %% ../../nbs/model/baseline.ipynb #95f36b3f
 def _count_texts(histogram: Histogram, values: Any) -> np.ndarray:
     import numpy as np
 
@@ -209,10 +209,7 @@ def _count_texts(histogram: Histogram, values: Any) -> np.ndarray:
         counts[histogram._positions.get(text, other)] += count
     return counts
 
-# %% ../../nbs/model/baseline.ipynb #2808abd1
-MAXIMUM_CATEGORIES = 50
-
-
+# %% ../../nbs/model/baseline.ipynb #177a52e3
 def numeric_histogram(values: Any, edges: Sequence[float] | None = None, *, time: bool = False) -> Histogram:
     """The histogram of numbers or, with `time`, of times; cut at `edges`, by default where `cut` says."""
     import numpy as np
@@ -222,6 +219,9 @@ def numeric_histogram(values: Any, edges: Sequence[float] | None = None, *, time
     labels = (*interval_labels(found, spikes, time), MISSING)
     empty = Histogram("numeric", labels, (0,) * len(labels), found, spikes, time)
     return Histogram("numeric", labels, tuple(empty.count(values).tolist()), found, spikes, time)
+
+# %% ../../nbs/model/baseline.ipynb #2808abd1
+MAXIMUM_CATEGORIES = 50
 
 
 def categorical_histogram(values: Any, categories: Iterable[Any] | None = None) -> Histogram:
@@ -290,7 +290,7 @@ def _prediction_values(predictions: Any, probabilities: Any, kind: str, classes:
         return np.array([])
     return np.asarray(list(probabilities), dtype=float)[:, 1]
 
-
+# %% ../../nbs/model/baseline.ipynb #7baf5a7b
 def _prediction_histogram(predictions: Any, probabilities: Any, classes: list[Any] | None) -> Histogram:
     import numpy as np
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +21,14 @@ from ..errors import NotFoundError, did_you_mean
 from .baseline import Baseline
 from .contract import Contract
 from .pipeline import Answer, answer, read_pipeline
-from ..settings import bentoml_home
+from ..settings import bentoml_home, load_settings
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
 # %% auto #0
-__all__ = ['staging_folder', 'commit', 'Model', 'models', 'load']
+__all__ = ['staging_folder', 'commit', 'make_importable', 'Model', 'models', 'load']
 
 # %% ../../nbs/model/store.ipynb #3a0e1dde
 @contextmanager
@@ -57,6 +59,15 @@ def commit(staged: Path, tag: str, labels: Mapping[str, str] | None = None) -> N
         (folder / name / version).rename(target)
         (folder / "latest").write_text(version, encoding="utf-8")
         (folder / "latest").replace(target.parent / "latest")
+
+# %% ../../nbs/model/store.ipynb #f0906d49
+def make_importable(library: str | None, start: Path | None = None) -> None:
+    """Let `library` be imported from the project around `start` (default: here), if it is its own."""
+    if library is None or find_spec(library) is not None:
+        return
+    settings = load_settings(start, required=False)
+    if settings.library == library:
+        sys.path.append(str(settings.root))
 
 # %% ../../nbs/model/store.ipynb #3f517603
 @dataclass(frozen=True)
@@ -106,6 +117,7 @@ class Model:
     @cached_property
     def pipeline(self) -> Any:
         """The fitted scikit-learn pipeline."""
+        make_importable(self.library)
         return read_pipeline(self.folder / "pipeline.skops", self.library)
 
     @property

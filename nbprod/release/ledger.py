@@ -19,7 +19,7 @@ from typing import Any
 
 from ..errors import NotFoundError, ReleaseError, UsageError, did_you_mean
 from ..model.artifact import recover
-from ..model.store import Model, load
+from ..model.store import Model, load, make_importable
 from .gates import pass_gates
 from ..settings import Settings, load_settings
 
@@ -102,13 +102,13 @@ def resolve(model: str, settings: Settings | None = None) -> Model:
     settings = settings or load_settings(required=False)
     recover(settings)
     name, at, alias = model.partition("@")
-    if not at:
-        return load(model)
-    known = aliases(name, settings)
-    if alias not in known:
+    known = aliases(name, settings) if at else {}
+    if at and alias not in known:
         hint = did_you_mean(alias, known) or f" Its aliases: {', '.join(known) or 'none'}."
         raise NotFoundError(f"{name!r} has no alias {alias!r}.{hint}")
-    return load(known[alias])
+    found = load(known[alias] if at else model)
+    make_importable(found.library, settings.root)
+    return found
 
 
 def load_model(model: str) -> Model:
