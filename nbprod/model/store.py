@@ -155,11 +155,11 @@ class Model:
 
     def predict(self, frame: pd.DataFrame) -> np.ndarray:
         """What the pipeline's `predict` gives for `frame`, checked by the contract."""
-        return self.pipeline.predict(self.contract.check_frame(frame))  # type: ignore[no-any-return]
+        return self.pipeline.predict(self.contract.check_frame(frame))
 
     def predict_proba(self, frame: pd.DataFrame) -> np.ndarray:
         """What the pipeline's `predict_proba` gives for `frame`, checked by the contract."""
-        return self.pipeline.predict_proba(self.contract.check_frame(frame))  # type: ignore[no-any-return]
+        return self.pipeline.predict_proba(self.contract.check_frame(frame))
 
     def as_dict(self) -> dict[str, Any]:
         """The facts of a listing, as JSON values."""
