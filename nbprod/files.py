@@ -16,15 +16,14 @@ __all__ = ['write_atomic', 'hold', 'is_held']
 
 # %% ../nbs/files.ipynb #6630efe4
 def _sync(path: Path) -> None:
-    """Force a file or a folder to the disk; file systems that cannot sync a folder are left alone."""
+    """Force a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
-
+# %% ../nbs/files.ipynb #c651b4cf
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Replace `path` by `data` (text as UTF-8) so that a reader sees the old content or the new, whole.
 
@@ -33,15 +32,14 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     content = data.encode() if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.write_bytes(content)
+        _sync(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    with contextlib.suppress(OSError):  # not every file system can do it for a folder
+        _sync(path.parent)
 
 # %% ../nbs/files.ipynb #ac1a79bb
 def hold(folder: Path) -> int | None:
@@ -60,7 +58,7 @@ def hold(folder: Path) -> int | None:
         return None
     return descriptor
 
-
+# %% ../nbs/files.ipynb #a306f5d1
 def is_held(folder: Path) -> bool:
     """Whether a living process holds the lock of `folder`, as far as the file system can tell."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
 from ..experiment.recording import current_run, emit
+from ..files import is_held
 from .baseline import profile
 from .contract import Contract, infer_contract, plain_rows
 from .pipeline import Answer, answer, write_pipeline
@@ -208,10 +209,14 @@ def commit_staged(run: Run, _settings: Settings) -> None:
 
 
 def recover(settings: Settings) -> None:
-    """Finish what a killed process left: staged models of runs that are recorded as succeeded."""
+    """Finish what a killed process left: staged models of runs that are recorded as succeeded.
+
+    A run whose process is alive finishes by itself and is left alone.
+    """
     from nbprod.experiment.runs import load_run
 
     for folder in {path.parent.parent for path in settings.runs.glob("*/model/*")}:
-        run = load_run(folder.name, settings)
-        if run.status == "succeeded":
-            commit_staged(run, settings)
+        if not is_held(folder):
+            run = load_run(folder.name, settings)
+            if run.status == "succeeded":
+                commit_staged(run, settings)

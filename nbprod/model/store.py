@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['staging_folder', 'commit', 'make_importable', 'Model', 'models', 'load']
+__all__ = ['staging_folder', 'commit', 'make_importable', 'Version', 'read_json', 'Model', 'models', 'load']
 
 # %% ../../nbs/model/store.ipynb #3a0e1dde
 @contextmanager
@@ -71,18 +71,14 @@ def make_importable(library: str | None, start: Path | None = None) -> None:
 
 # %% ../../nbs/model/store.ipynb #3f517603
 @dataclass(frozen=True)
-class Model:
-    """A version in the BentoML store. `folder` is where its files are."""
+class Version:
+    """The facts of a version in the BentoML store. `folder` is where its files are."""
 
     tag: str
     folder: Path
 
     def __str__(self) -> str:
         return self.tag
-
-    def _read(self, file: str) -> dict[str, Any]:
-        value: dict[str, Any] = json.loads((self.folder / file).read_text(encoding="utf-8"))
-        return value
 
     @property
     def name(self) -> str:
@@ -97,22 +93,45 @@ class Model:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """created, estimator, classes, library, holdout, run, and of the run: params, metrics, lineage."""
-        return self._read("facts.json")
+        return read_json(self.folder / "facts.json")
+
+    @property
+    def run(self) -> str | None:
+        """The id of the run that made the model; None if it was logged by hand in a live kernel."""
+        run: str | None = self.facts["run"]
+        return run
+
+    @property
+    def notebook(self) -> Path | None:
+        """The executed notebook that made the model, if a run did."""
+        path = self.folder / "notebook.ipynb"
+        return path if path.exists() else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file at `path`."""
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value
+
+# %% ../../nbs/model/store.ipynb #78857f78
+@dataclass(frozen=True)
+class Model(Version):
+    """A version with what predicting takes; the pipeline is read when something is predicted."""
 
     @cached_property
     def contract(self) -> Contract:
         """The columns that the model takes."""
-        return Contract.from_dict(self._read("contract.json"))
+        return Contract.from_dict(read_json(self.folder / "contract.json"))
 
     @cached_property
     def baseline(self) -> Baseline:
         """The training profile of the columns and of the predictions."""
-        return Baseline.from_dict(self._read("baseline.json"))
+        return Baseline.from_dict(read_json(self.folder / "baseline.json"))
 
     @cached_property
     def examples(self) -> dict[str, Any]:
         """Golden examples: rows, predictions, probabilities."""
-        return self._read("examples.json")
+        return read_json(self.folder / "examples.json")
 
     @cached_property
     def pipeline(self) -> Any:
@@ -127,12 +146,6 @@ class Model:
         return classes
 
     @property
-    def run(self) -> str | None:
-        """The id of the run that made the model; None if it was logged by hand in a live kernel."""
-        run: str | None = self.facts["run"]
-        return run
-
-    @property
     def library(self) -> str | None:
         """The name of the project's library that the pipeline may use; `library_path` has its source."""
         library: str | None = self.facts["library"]
@@ -142,12 +155,6 @@ class Model:
     def library_path(self) -> Path | None:
         """The folder that holds the package `library` as it was in training."""
         return self.folder / "library" if self.library else None
-
-    @property
-    def notebook(self) -> Path | None:
-        """The executed notebook that made the model, if a run did."""
-        path = self.folder / "notebook.ipynb"
-        return path if path.exists() else None
 
     def answer(self, frame: pd.DataFrame) -> Answer:
         """Predictions and probabilities for `frame`, checked by the contract."""
@@ -163,15 +170,8 @@ class Model:
 
     def as_dict(self) -> dict[str, Any]:
         """The facts of a listing, as JSON values."""
-        return {
-            "tag": self.tag,
-            "name": self.name,
-            "version": self.version,
-            "created": self.facts["created"],
-            "run": self.run,
-            "format": "skops",
-            "compiled": "no",
-        }
+        facts = {"name": self.name, "version": self.version, "created": self.facts["created"]}
+        return {"tag": self.tag, **facts, "run": self.run, "format": "skops", "compiled": "no"}
 
 # %% ../../nbs/model/store.ipynb #533d4258
 def models(name: str | None = None) -> list[Model]:

@@ -43,7 +43,16 @@ def clean_run(model: Model) -> Gate:
         return Gate("clean_run", False, f"Its executed notebook is not the record of run {model.run}.")
     if record.get("status") != "succeeded":
         return Gate("clean_run", False, f"Run {model.run} ended as {record.get('status')}.")
+    left_out = [number for number, cell in enumerate(notebook["cells"], start=1) if _is_left_out(cell)]
+    if left_out:
+        return Gate("clean_run", False, f"Run {model.run} ended early: cell {left_out[0]} was not executed.")
     return Gate("clean_run", True, f"Made by run {model.run}, which succeeded from top to bottom.")
+
+
+def _is_left_out(cell: dict[str, Any]) -> bool:
+    """Whether a cell of an executed notebook is code that was not executed."""
+    code = cell["cell_type"] == "code" and "".join(cell["source"]).strip()
+    return bool(code) and cell.get("execution_count") is None
 
 # %% ../../nbs/release/gates.ipynb #b97b6506
 TOLERANCE = 1e-9

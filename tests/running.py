@@ -1,0 +1,78 @@
+"""What the tests of runs share: small notebooks, a driver process, and waiting for a condition."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nbprod.experiment.recording import NOTEBOOK_NAME, read_record
+
+# A cell that leaves its kernel's process number in a file and then never ends.
+ENDLESS = """
+import os, time
+from pathlib import Path
+folder = Path(os.environ["NBPROD_RUN"])
+(folder / "model").mkdir()
+(folder / "model" / "staged").write_text("half a model")
+print("so far", flush=True)
+(folder / "kernel").write_text(str(os.getpid()))
+while True:
+    time.sleep(0.1)
+"""
+
+
+def write_notebook(path: Path, *sources: str, **metadata: Any) -> Path:
+    """A notebook of these code cells at `path`, the first of them tagged `parameters`."""
+    cells = [
+        {"cell_type": "code", "metadata": {}, "source": source, "outputs": [], "execution_count": None}
+        for source in sources
+    ]
+    cells[0]["metadata"] = {"tags": ["parameters"]}
+    notebook = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 4}
+    path.write_text(json.dumps(notebook), encoding="utf-8")
+    return path
+
+
+def start_driver(code: str, folder: Path) -> subprocess.Popen[str]:
+    """A Python process in `folder` that executes `code`, as a script or a scheduler would."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
+    """The first true value of `condition`; fails if there is none in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"waited {seconds:g} s for {what}")
+
+
+def started_run(project: Path) -> tuple[Path, int, int]:
+    """Wait until a run executes the endless cell: its folder, and the process ids of worker and kernel."""
+
+    def find() -> tuple[Path, int, int] | None:
+        for marker in project.glob(".nbprod/runs/*/kernel"):
+            record = read_record(marker.parent / NOTEBOOK_NAME)
+            if record and marker.read_text():
+                return marker.parent, record["pid"], int(marker.read_text())
+        return None
+
+    return wait_for(find, "a run in its endless cell")
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of that id lives; a zombie that nobody has waited for does not."""
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state != "Z"
