@@ -22,7 +22,7 @@ demo: $(READY)  ## The whole way on real flights, in the folder demo: train, swe
 
 lab: $(READY)  ## Open JupyterLab in the demo's project, with its service running
 	@test -d demo || $(MAKE) demo
-	$(BIN)/nbprod lab demo
+	$(BIN)/nbprod lab demo --traffic 40
 
 test: $(READY)  ## Run every notebook, every test and every check of the repository
 	$(BIN)/python -m pytest

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent
 SETTINGS = ConfigParser(delimiters=["="], interpolation=None)
 SETTINGS.read(ROOT / "settings.ini", encoding="utf-8")
 METADATA = SETTINGS["DEFAULT"]
+EXTRAS = [name for name in SETTINGS["extras"] if name not in SETTINGS.defaults()]
 
 
 def lines(text: str) -> list[str]:
@@ -31,8 +32,6 @@ setup(
     packages=find_packages(include=["nbprod", "nbprod.*"]),
     package_data={"nbprod": ["py.typed", "widgets/static/*", "templates/**/*", "templates/**/.*"]},
     install_requires=lines(METADATA["requirements"]),
-    extras_require={
-        name: lines(SETTINGS["extras"][name]) for name in SETTINGS["extras"] if name not in SETTINGS.defaults()
-    },
+    extras_require={name: lines(SETTINGS["extras"][name]) for name in EXTRAS},
     entry_points={"console_scripts": ["nbprod=nbprod.cli:main"]},
 )
