@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from nbprod.model.store import Model
 
 # %% auto #0
-__all__ = ['STAGES', 'BATCH', 'PARAMETERS', 'GRID', 'SERVICE_MONTHS', 'Progress', 'library', 'batches', 'send', 'Summary', 'demo']
+__all__ = ['STAGES', 'BATCH', 'PARAMETERS', 'GRID', 'SERVICE_MONTHS', 'Progress', 'open_project', 'features_module', 'batches',
+           'send', 'Summary', 'demo']
 
 # %% ../nbs/demo.ipynb #c5cd05d8
 STAGES = (
@@ -61,23 +62,19 @@ class Progress:
         print(f"      done in {self.seconds[-1]:.1f} s", flush=True)
 
 # %% ../nbs/demo.ipynb #d8545810
-def _project(path: Path) -> Settings:
+def open_project(path: Path) -> Settings:
     """The settings of the demo's project at `path`, made from the template if it is not there yet."""
     if find_project(path) != path.resolve():
         nbprod.new(path)
-    else:
-        _check_template(path)
+    elif (path / "nbs" / "10_train.ipynb").exists():
         export_library(path)
+    else:
+        raise UsageError(f"{path} is a project of its own. Give the demo a new folder: nbprod demo PATH")
     return load_settings(path)
 
-
-def _check_template(path: Path) -> None:
-    if not (path / "nbs" / "10_train.ipynb").exists():
-        raise UsageError(f"{path} is a project of its own. Give the demo a new folder: nbprod demo PATH")
-
-
-def library(settings: Settings) -> ModuleType:
-    """The `features` module of a project's exported library."""
+# %% ../nbs/demo.ipynb #2aa19ca4
+def features_module(settings: Settings) -> ModuleType:
+    """The module `features` of a project's exported library."""
     if str(settings.root) not in sys.path:
         sys.path.insert(0, str(settings.root))
     return importlib.import_module(f"{settings.library}.features")
@@ -172,7 +169,7 @@ def demo(path: Path) -> Summary:
 
     progress, begun = Progress(), datetime.now(UTC)
     with progress.stage():
-        settings = _project(path)
+        settings = open_project(path)
     best = _train(progress, settings)
     with progress.stage():
         why = f"best AUC of {1 + len(GRID) ** 2} variants"
@@ -180,7 +177,7 @@ def demo(path: Path) -> Summary:
     with progress.stage():
         built = build(release.model, settings=settings)
     with progress.stage():
-        model, features = nbprod.load_model(release.model), library(settings)
+        model, features = nbprod.load_model(release.model), features_module(settings)
         flights = features.flights(SERVICE_MONTHS)
         with start_service(built.bento, settings=settings) as url:
             rows, accepted = send(url, model, flights, features.late(flights))
