@@ -19,6 +19,7 @@ install: $(READY)  ## Make .venv with the exact packages of requirements.lock, a
 
 demo: $(READY)  ## The whole way on real flights, in the folder demo: train, sweep, promote, serve, report
 	$(BIN)/nbprod demo demo
+	@echo "or, from here:" && echo "  make lab"
 
 lab: $(READY)  ## Open JupyterLab in the demo's project, with its service running
 	@test -d demo || $(MAKE) demo

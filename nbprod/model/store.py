@@ -63,7 +63,9 @@ def commit(staged: Path, tag: str, labels: Mapping[str, str] | None = None) -> N
 # %% ../../nbs/model/store.ipynb #f0906d49
 def make_importable(library: str | None, start: Path | None = None) -> None:
     """Let `library` be imported from the project around `start` (default: here), if it is its own."""
-    if library is None or find_spec(library) is not None:
+    found = find_spec(library) if library else None
+    # A folder of that name beside some other package is found too, as a namespace without an origin.
+    if library is None or (found is not None and found.origin is not None):
         return
     settings = load_settings(start, required=False)
     if settings.library == library:
