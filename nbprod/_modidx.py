@@ -422,6 +422,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'nbprod.model.contract.shorten': ('model/contract.html#shorten', 'nbprod/model/contract.py'),
                                        'nbprod.model.contract.to_series': ('model/contract.html#to_series', 'nbprod/model/contract.py')},
             'nbprod.model.pipeline': { 'nbprod.model.pipeline.Answer': ('model/pipeline.html#answer', 'nbprod/model/pipeline.py'),
+                                       'nbprod.model.pipeline._before_last': ( 'model/pipeline.html#_before_last',
+                                                                               'nbprod/model/pipeline.py'),
                                        'nbprod.model.pipeline._hint': ('model/pipeline.html#_hint', 'nbprod/model/pipeline.py'),
                                        'nbprod.model.pipeline.answer': ('model/pipeline.html#answer', 'nbprod/model/pipeline.py'),
                                        'nbprod.model.pipeline.read_pipeline': ( 'model/pipeline.html#read_pipeline',

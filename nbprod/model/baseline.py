@@ -116,7 +116,9 @@ def _seconds(values: Any) -> np.ndarray:
 
     moments = values if isinstance(values, pd.Series) else pd.Series(values, dtype=object)
     if moments.dtype.kind != "M":
-        moments = pd.to_datetime(moments, utc=True)
+        moments = pd.to_datetime(moments, utc=True, format="ISO8601")
+    if moments.dt.tz is not None:
+        moments = moments.dt.tz_convert("UTC").dt.tz_localize(None)
     raw = moments.to_numpy(dtype="datetime64[us]")
     return np.where(np.isnat(raw), np.nan, raw.astype("int64") / 1e6)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['MAXIMUM_CATEGORIES', 'MAXIMUM_FINDINGS', 'Finding', 'Column', 'column_type', 'infer_column', 'fits', 'shorten',
-           'refuse', 'to_series', 'Contract', 'infer_contract', 'json_schema', 'plain_rows']
+__all__ = ['MAXIMUM_CATEGORIES', 'YEARS', 'MAXIMUM_FINDINGS', 'Finding', 'Column', 'column_type', 'infer_column', 'fits',
+           'shorten', 'refuse', 'to_series', 'Contract', 'infer_contract', 'json_schema', 'plain_rows']
 
 # %% ../../nbs/model/contract.ipynb #240bf1eb
 @dataclass(frozen=True)
@@ -103,15 +103,19 @@ def infer_column(values: pd.Series) -> Column:
     )
 
 # %% ../../nbs/model/contract.ipynb #8164ad6b
-def _is_int(value: Any) -> bool:
+def _is_int(value: Any, lowest: int, highest: int) -> bool:
     whole = type(value) is int or (type(value) is float and value.is_integer())
-    return whole and -(2**63) <= value < 2**63
+    return whole and lowest <= value <= highest
 
 
-def _is_float(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and abs(value) <= 1.7976931348623157e308
+def _is_float(value: Any, largest: float) -> bool:
+    # The comparison is false for NaN too, and exact for integers of any length.
+    return type(value) in (int, float) and abs(value) <= largest
 
 # %% ../../nbs/model/contract.ipynb #1759eacb
+YEARS = range(1678, 2262)
+
+
 def _is_datetime(value: Any, zoned: bool) -> bool:
     if not isinstance(value, str):
         return False
@@ -119,21 +123,28 @@ def _is_datetime(value: Any, zoned: bool) -> bool:
         moment = datetime.fromisoformat(value)
     except ValueError:
         return False
-    return (moment.tzinfo is not None) == zoned
+    return (moment.tzinfo is not None) == zoned and moment.year in YEARS
 
-
+# %% ../../nbs/model/contract.ipynb #1d009cca
 def fits(column: Column) -> tuple[Callable[[Any], bool], str]:
     """The test of a non-null JSON value for `column`, and what it asks for in words."""
+    import numpy as np
+
     if column.type == "datetime":
         zoned = "," in column.dtype
-        words = f"must be an ISO 8601 time with{'' if zoned else 'out'} a zone"
+        words = f"must be an ISO 8601 time with{'' if zoned else 'out'} a zone, of the years 1678 to 2261"
         return partial(_is_datetime, zoned=zoned), words
-    return {
-        "int": (_is_int, "must be a whole number"),
-        "float": (_is_float, "must be a finite number"),
-        "bool": (lambda value: type(value) is bool, "must be true or false"),
-        "string": (lambda value: isinstance(value, str), "must be a string"),
-    }[column.type]
+    if column.type == "int":
+        bounds = np.iinfo(column.dtype.lower())
+        span = "" if bounds.bits == 64 else f" from {bounds.min} to {bounds.max}"
+        words = f"must be a whole number{span}"
+        return partial(_is_int, lowest=int(bounds.min), highest=int(bounds.max)), words
+    if column.type == "float":
+        largest = float(np.finfo(column.dtype.lower()).max)
+        return partial(_is_float, largest=largest), "must be a finite number"
+    if column.type == "bool":
+        return (lambda value: type(value) is bool), "must be true or false"
+    return (lambda value: isinstance(value, str)), "must be a string"
 
 # %% ../../nbs/model/contract.ipynb #3ff5956d
 MAXIMUM_FINDINGS = 100
@@ -191,9 +202,11 @@ def to_series(column: Column, values: Sequence[Any]) -> pd.Series:
     import pandas as pd
 
     if column.type == "datetime":
-        return pd.Series(pd.to_datetime(pd.Series(values, dtype=object), utc="," in column.dtype)).astype(
-            column.dtype
-        )
+        moments = [None if value is None else datetime.fromisoformat(value) for value in values]
+        if "," in column.dtype:
+            moments = [moment and moment.astimezone(UTC) for moment in moments]
+        unit = "datetime64[us, UTC]" if "," in column.dtype else "datetime64[us]"
+        return pd.Series(moments, dtype=unit).astype(column.dtype)
     if column.type == "float":
         return pd.Series([math.nan if value is None else value for value in values], dtype=column.dtype)
     return pd.Series(values, dtype=column.dtype)

@@ -29,12 +29,22 @@ class Answer:
 
 def answer(model: Any, frame: pd.DataFrame) -> Answer:
     """What a fitted scikit-learn `model` with one output answers to `frame`."""
-    predictions = model.predict(frame)
+    final, inputs = _before_last(model, frame)
+    predictions = final.predict(inputs)
     if getattr(predictions, "ndim", 1) != 1:
         outputs = predictions.shape[1]
         raise ModelError(f"{type(model).__name__} predicts {outputs} outputs a row; one is supported.")
-    probabilities = model.predict_proba(frame).tolist() if hasattr(model, "predict_proba") else None
+    probabilities = final.predict_proba(inputs).tolist() if hasattr(final, "predict_proba") else None
     return Answer(predictions.tolist(), probabilities)
+
+
+def _before_last(model: Any, frame: pd.DataFrame) -> tuple[Any, Any]:
+    """The last step of a pipeline and what the steps before it make of `frame`, so that they run once."""
+    from sklearn.pipeline import Pipeline
+
+    if not isinstance(model, Pipeline) or len(model) == 1:
+        return model, frame
+    return model[-1], model[:-1].transform(frame)
 
 # %% ../../nbs/model/pipeline.ipynb #dd902f0e
 TRUSTED_PACKAGES = ("sklearn", "scipy")

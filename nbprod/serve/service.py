@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("nbprod.serve")
 
 # %% auto #0
-__all__ = ['logger', 'SECURITY_POLICY', 'api_types', 'model_facts', 'notebook_page', 'pages', 'prepare_deployment', 'open_desk',
-           'close_desk', 'is_ready', 'watch_signals', 'create_service']
+__all__ = ['logger', 'SECURITY_POLICY', 'DURATION_BUCKETS', 'api_types', 'model_facts', 'notebook_page', 'pages',
+           'prepare_deployment', 'open_desk', 'close_desk', 'is_ready', 'watch_signals', 'create_service']
 
 # %% ../../nbs/serve/service.ipynb #33c765b5
 def api_types(model: Model) -> dict[str, type[BaseModel]]:
@@ -150,6 +150,12 @@ def _close_then(desk: Desk, handler: Callable[..., Any], *arguments: Any) -> Non
     handler(*arguments)
 
 # %% ../../nbs/serve/service.ipynb #3afdc267
+DURATION_BUCKETS = [
+    *[0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05],
+    *[0.075, 0.1, 0.15, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0],
+]  # seconds
+
+
 def create_service(tag: str, notebook: Path | None = None) -> Service[Any]:
     """The BentoML service of the model `tag`; `notebook` is its executed notebook as an HTML file, if any."""
     import bentoml
@@ -190,6 +196,7 @@ def create_service(tag: str, notebook: Path | None = None) -> Service[Any]:
             close_desk(desk)
 
     ModelService.__doc__ = f"Predictions of the model {model.tag}."
-    service: Service[Any] = bentoml.service(name=model.name)(ModelService)
+    timed = {"duration": {"buckets": DURATION_BUCKETS}}
+    service: Service[Any] = bentoml.service(name=model.name, metrics=timed)(ModelService)
     service.add_asgi_middleware(Routes, desk=desk)
     return service
