@@ -15,9 +15,9 @@ from typing import Any
 __all__ = ['Argument', 'Command', 'VERBS', 'MODEL', 'NAME', 'NOTEBOOK', 'RUN', 'ALIAS', 'WHY', 'PORT', 'JSON', 'PARAMETER',
            'RUN_COLUMNS', 'text', 'print_table', 'print_json', 'shown', 'split_assignments', 'split_values', 'takes',
            'verb', 'new_command', 'demo_command', 'lab_command', 'typed_values', 'params_command', 'print_run',
-           'run_command', 'sweep_command', 'runs_command', 'show_command', 'models_command', 'print_releases',
-           'promote_command', 'rollback_command', 'releases_command', 'build_command', 'serve_command',
-           'containerize_command', 'monitor_command', 'make_parser', 'join_sort', 'main']
+           'run_command', 'varied', 'print_runs', 'sweep_command', 'runs_command', 'show_command', 'models_command',
+           'print_releases', 'promote_command', 'rollback_command', 'releases_command', 'build_command',
+           'serve_command', 'containerize_command', 'monitor_command', 'make_parser', 'join_sort', 'main']
 
 # %% ../nbs/cli.ipynb #df3968bb
 def text(value: Any) -> str:
@@ -187,9 +187,6 @@ def params_command(arguments: argparse.Namespace) -> None:
     print_json(rows) if arguments.json else print_table(rows, ["name", "type", "default", "help"])
 
 # %% ../nbs/cli.ipynb #d50ab982
-RUN_COLUMNS = ("id", "status", "notebook", "seconds", "params", "metrics", "models")
-
-
 def print_run(run: Any, as_json: bool) -> None:
     """Print the facts of one run, a line each."""
     facts = run.as_dict()
@@ -208,6 +205,28 @@ def run_command(arguments: argparse.Namespace) -> None:
     values = typed_values(arguments.notebook, split_assignments(arguments.parameter))
     print_run(nbprod.run(arguments.notebook, values, timeout=arguments.timeout), arguments.json)
 
+# %% ../nbs/cli.ipynb #ad280856
+RUN_COLUMNS = ("id", "status", "notebook", "seconds", "params", "metrics")
+
+
+def varied(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`rows` of runs, their `params` without those that are the same in all runs of a notebook."""
+    kept = []
+    for row in rows:
+        others = [each["params"] for each in rows if each["notebook"] == row["notebook"]]
+        news = {
+            name: value
+            for name, value in row["params"].items()
+            if any(other.get(name) != value for other in others)
+        }
+        kept.append(row | {"params": news})
+    return kept
+
+
+def print_runs(rows: Sequence[dict[str, Any]]) -> None:
+    """Print runs, a line each."""
+    print_table(varied(rows), RUN_COLUMNS)
+
 # %% ../nbs/cli.ipynb #1bc29137
 @verb(NOTEBOOK, PARAMETER, takes("--jobs", type=int, help="runs at once (default: cores)"), JSON)
 def sweep_command(arguments: argparse.Namespace) -> None:
@@ -224,7 +243,7 @@ def sweep_command(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json({"id": runs[0].sweep if len(runs) else None, "runs": rows})
     else:
-        print_table(rows, RUN_COLUMNS)
+        print_runs(rows)
     if any(run.status != "succeeded" for run in runs):
         raise SystemExit(1)
 
@@ -236,7 +255,7 @@ def runs_command(arguments: argparse.Namespace) -> None:
 
     found = runs().sort(arguments.sort) if arguments.sort else runs()
     rows = [run.as_dict() for run in found]
-    print_json(rows) if arguments.json else print_table(rows, RUN_COLUMNS)
+    print_json(rows) if arguments.json else print_runs(rows)
 
 
 @verb(RUN, JSON)
