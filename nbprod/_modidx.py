@@ -327,6 +327,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'nbprod.model.artifact.check_name': ('model/artifact.html#check_name', 'nbprod/model/artifact.py'),
                                        'nbprod.model.artifact.commit_staged': ( 'model/artifact.html#commit_staged',
                                                                                 'nbprod/model/artifact.py'),
+                                       'nbprod.model.artifact.estimator_name': ( 'model/artifact.html#estimator_name',
+                                                                                 'nbprod/model/artifact.py'),
                                        'nbprod.model.artifact.golden_examples': ( 'model/artifact.html#golden_examples',
                                                                                   'nbprod/model/artifact.py'),
                                        'nbprod.model.artifact.holdout_metrics': ( 'model/artifact.html#holdout_metrics',

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from nbprod.experiment.runs import Run
 
 # %% auto #0
-__all__ = ['TYPICAL_EXAMPLES', 'golden_examples', 'holdout_metrics', 'check_name', 'stage', 'log_model', 'commit_staged',
-           'recover']
+__all__ = ['TYPICAL_EXAMPLES', 'golden_examples', 'holdout_metrics', 'check_name', 'stage', 'estimator_name', 'log_model',
+           'commit_staged', 'recover']
 
 # %% ../../nbs/model/artifact.ipynb #0978ce9d
 TYPICAL_EXAMPLES = 24
@@ -112,7 +112,7 @@ def stage(
     facts = {
         "tag": tag,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "estimator": type(model).__name__,
+        "estimator": estimator_name(model),
         "classes": classes,
         "library": _copy_library(folder, settings),
         "holdout": {} if labels is None else holdout_metrics(given, list(labels), classes),
@@ -120,6 +120,12 @@ def stage(
         "run": None,
     }
     _write_json(folder / "facts.json", facts)
+
+# %% ../../nbs/model/artifact.ipynb #416f5654
+def estimator_name(model: Any) -> str:
+    """The class name of a model, or of the last step of a pipeline."""
+    steps = getattr(model, "steps", None)
+    return type(steps[-1][1] if steps else model).__name__
 
 # %% ../../nbs/model/artifact.ipynb #c89dd0fe
 def _joined_nullability(reference: pd.DataFrame, inputs: pd.DataFrame) -> pd.DataFrame:
@@ -165,7 +171,7 @@ def log_model(
             commit(folder, tag)
         else:
             _keep(folder, context.folder / "model" / name, name)
-    value = {"tag": tag, "estimator": type(model).__name__, "rows": len(inputs), "columns": inputs.shape[1]}
+    value = {"tag": tag, "estimator": estimator_name(model), "rows": len(inputs), "columns": inputs.shape[1]}
     emit("model", value, text=f"model {tag}: {value['estimator']}, {value['columns']} columns")
     return tag
 
