@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['Severity', 'SEVERITIES', 'BROKEN_SHARE', 'WARNING_FALL', 'CRITICAL_FALL', 'WARNING_RISE', 'CRITICAL_RISE', 'Finding',
-           'by_severity', 'broken_bin', 'change_text', 'column_finding', 'feature_findings', 'drift_table',
-           'prediction_finding', 'Comparison', 'compare', 'performance_findings', 'calibration_findings',
+__all__ = ['Severity', 'SEVERITIES', 'BROKEN_SHARE', 'WARNING_FALL', 'CRITICAL_FALL', 'WARNING_RISE', 'CRITICAL_RISE',
+           'FEW_OUTCOMES', 'Finding', 'by_severity', 'broken_bin', 'change_text', 'column_finding', 'feature_findings',
+           'drift_table', 'prediction_finding', 'Comparison', 'compare', 'performance_findings', 'calibration_findings',
            'feedback_findings']
 
 # %% ../../nbs/monitor/findings.ipynb #11b097fc
@@ -118,7 +118,9 @@ def prediction_finding(reference: Histogram, found: ColumnDrift) -> Finding:
     """The sentence about the distribution of the predictions."""
     numbers = f"distance {found.distance:.2f}, threshold {DISTANCE_THRESHOLD}"
     if not found.drifted:
-        text = f"The predictions are distributed as in the model's profile ({numbers})."
+        likeness = "differ from" if found.distance > DISTANCE_THRESHOLD else "are distributed as in"
+        chance = ", no more than so few rows do by chance" if found.distance > DISTANCE_THRESHOLD else ""
+        text = f"The predictions {likeness} the model's profile{chance} ({numbers})."
         return Finding("prediction", None, "info", text)
     text = change_text(reference, found.counts, values="them", origin="the model's profile")
     return Finding("prediction", None, "warning", f"The predictions have drifted: {text} ({numbers}).")
@@ -126,6 +128,7 @@ def prediction_finding(reference: Histogram, found: ColumnDrift) -> Finding:
 # %% ../../nbs/monitor/findings.ipynb #780b8846
 WARNING_FALL, CRITICAL_FALL = 0.02, 0.10
 WARNING_RISE, CRITICAL_RISE = 1.1, 1.5
+FEW_OUTCOMES = 30
 
 
 @dataclass(frozen=True)
@@ -148,14 +151,14 @@ def compare(metrics: Metrics, rows: int, holdout: Mapping[str, float]) -> Compar
         realised, promised = metrics.get(name), holdout.get(name)
         if realised is not None and promised is not None:
             error = metrics.get("auc_error") if name == "auc" else None
-            noise = 2 * (error if error is not None else math.sqrt(realised * (1 - realised) / rows))
-            fall = promised - realised
+            noise = 2 * (error if error is not None else math.sqrt(promised * (1 - promised) / rows))
+            fall = promised - realised if rows >= FEW_OUTCOMES else 0.0
             severity = _graded(fall if fall > noise else 0, WARNING_FALL, CRITICAL_FALL)
             return Comparison(name, promised, realised, severity)
     realised, promised = metrics.get("mae"), holdout.get("mean_absolute_error")
     if realised is None or promised is None:
         return None
-    ratio = realised / promised if promised > 0 else 1.0
+    ratio = realised / promised if promised > 0 and rows >= FEW_OUTCOMES else 1.0
     severity = _graded(ratio if ratio > 1 + 2 / math.sqrt(rows) else 1, WARNING_RISE, CRITICAL_RISE)
     return Comparison("mean absolute error", promised, realised, severity)
 
@@ -163,6 +166,7 @@ def compare(metrics: Metrics, rows: int, holdout: Mapping[str, float]) -> Compar
 def _performance_text(compared: Comparison, where: str, rows: int) -> str:
     name = compared.name.upper() if compared.name == "auc" else compared.name
     verdict = "within tolerance" if compared.severity == "info" else "worse than promised"
+    verdict = verdict if rows >= FEW_OUTCOMES else "too few to judge"
     numbers = f"{compared.realised:.3g} on {rows:,} outcomes, {compared.promised:.3g} on the hold-out"
     return f"{name} {where} is {numbers}: {verdict}."
 

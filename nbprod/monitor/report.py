@@ -121,7 +121,8 @@ def window_findings(window: Window) -> list[Finding]:
     """Sentences about rows that are few, or that other versions answered."""
     findings = []
     if len(window.rows) < FEW_ROWS:
-        text = f"There are only {len(window.rows)} rows: no more than very large changes can be seen."
+        count = "a single row" if len(window.rows) == 1 else f"only {len(window.rows)} rows"
+        text = f"The window has {count}: no more than very large changes can be seen."
         findings.append(Finding("window", None, "info", text))
     if window.others:
         listed = ", ".join(f"{tag} ({rows:,})" for tag, rows in window.others.items())
