@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..errors import UsageError
 
 # %% auto #0
 __all__ = ['Name', 'Getter', 'Resolve', 'Operation', 'ORDERS', 'EQUALITIES', 'refusal', 'parse_expression', 'name_of',
-           'compare_values', 'Reader', 'parse_condition']
+           'compare_values', 'chain', 'Reader', 'parse_condition']
 
 # %% ../../nbs/experiment/query.ipynb #75a59606
 Name = tuple[str, ...]
@@ -96,6 +96,12 @@ def compare_values(kind: type[ast.cmpop], left: Any, right: Any) -> bool:
     except TypeError as error:
         raise TypeError(f"{left!r} {sign} {right!r} has no meaning.") from error
 
+# %% ../../nbs/experiment/query.ipynb #a6ec9b0f
+def chain(values: Sequence[Getter], kinds: Sequence[type[ast.cmpop]]) -> Callable[[Any], bool]:
+    """Whether each of the `values` of a row compares to the next as the `kinds` say."""
+    pairs = list(zip(values, kinds, values[1:], strict=False))
+    return lambda row: all(compare_values(kind, left(row), right(row)) for left, kind, right in pairs)
+
 # %% ../../nbs/experiment/query.ipynb #802d0a4a
 class Reader:
     """Turns the syntax tree of `expression` into functions of one row."""
@@ -110,12 +116,10 @@ class Reader:
     def read(self, node: ast.expr) -> Getter:
         """The function that a part of the tree stands for."""
         match node:
-            case ast.BoolOp(op=ast.And(), values=values):
+            case ast.BoolOp(op=operation, values=values):
                 parts = [self.read(value) for value in values]
-                return lambda row: all(part(row) for part in parts)
-            case ast.BoolOp(values=values):
-                parts = [self.read(value) for value in values]
-                return lambda row: any(part(row) for part in parts)
+                combined = all if isinstance(operation, ast.And) else any
+                return lambda row: combined(part(row) for part in parts)
             case ast.UnaryOp(op=ast.Not(), operand=operand):
                 inner = self.read(operand)
                 return lambda row: not inner(row)
@@ -143,7 +147,7 @@ class Reader:
             allowed = "names, values, comparisons, in, and, or, not"
             message = f"{ast.unparse(node)!r} is not allowed in a condition; it may have {allowed}."
             raise self.refuse(node, message) from error
-        return lambda row: value
+        return lambda _row: value
 
     def comparison(self, node: ast.Compare) -> Getter:
         """A comparison, which may be a chain such as `0.6 < auc <= 0.7`."""
@@ -151,11 +155,11 @@ class Reader:
         kinds = [type(each) for each in node.ops]
         if ast.Is in kinds or ast.IsNot in kinds:
             raise self.refuse(node, "Write == for is, and != for is not.")
-        pairs = list(zip(values, kinds, values[1:], strict=False))
+        holds = chain(values, kinds)
 
         def compare(row: Any) -> bool:
             try:
-                return all(compare_values(kind, left(row), right(row)) for left, kind, right in pairs)
+                return holds(row)
             except (TypeError, ValueError) as error:
                 raise self.refuse(node, str(error)) from error
 
@@ -165,9 +169,9 @@ class Reader:
 def parse_condition(expression: str, resolve: Resolve) -> Callable[[Any], bool]:
     """The function of a row that says whether it meets `expression`.
 
-    `resolve` gives, for the parts of a name, the function that finds its value in a row, or raises `UsageError`.
-    Raises `UsageError`, with the place, for what is no condition; the function does for values that cannot be
-    compared.
+    `resolve` gives, for the parts of a name, the function that finds its value in a row, or raises
+    `UsageError`. Raises `UsageError`, with the place, for what is no condition; so does the function, for
+    values that have no order.
     """
     line = " ".join(expression.split("\n")).strip()
     try:
