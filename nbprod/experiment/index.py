@@ -11,7 +11,8 @@ import json
 import logging
 import os
 import sqlite3
-from collections.abc import Collection, Iterator, Mapping
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from ..files import hold
 from ..settings import Settings
 
 # %% auto #0
-__all__ = ['LONG', 'TABLES', 'RECORDS', 'PARTS', 'PATIENCE', 'Entries', 'LOGGER', 'BATCH', 'signatures', 'pack', 'unpack',
-           'open_engine', 'transaction', 'make_tables', 'read_rows', 'write_rows', 'clear_rows', 'is_whole',
-           'remove_damaged', 'stored', 'keep', 'records', 'rebuild']
+__all__ = ['LONG', 'TABLES', 'RECORDS', 'PARTS', 'PATIENCE', 'Entries', 'FAILURES', 'AROUND', 'LOGGER', 'BATCH', 'signatures',
+           'pack', 'unpack', 'open_engine', 'transaction', 'make_tables', 'read_rows', 'write_rows', 'clear_rows',
+           'is_damage', 'is_whole', 'remove_damaged', 'stored', 'keep', 'records', 'rebuild']
 
 # %% ../../nbs/experiment/index.ipynb #a5cbf852
 def signatures(folder: Path) -> dict[str, str]:
@@ -56,13 +57,16 @@ def pack(record: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
     if long:
         rest["lineage"] = {name: value for name, value in record["lineage"].items() if name not in long}
     parts = {digests[name]: text for name, text in long.items()}
-    return json.dumps({"record": rest, "long": digests}), parts
+    content = json.dumps({"record": rest, "long": digests})
+    return f"{zlib.crc32(content.encode()):08x}{content}", parts
 
 
 def unpack(content: str, parts: Mapping[str, Any]) -> dict[str, Any] | None:
     """The record that was packed as `content`; None if the index has lost something of it."""
     try:
-        packed = json.loads(content)
+        if int(content[:8], 16) != zlib.crc32(content[8:].encode()):
+            return None
+        packed = json.loads(content[8:])
         record: dict[str, Any] = packed["record"]
         if packed["long"]:
             record["lineage"] |= {name: parts[digest] for name, digest in packed["long"].items()}
@@ -98,6 +102,7 @@ def _tune_sqlite(engine: sql.Engine) -> None:
     @sql.event.listens_for(engine, "connect")
     def prepare(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # the driver would begin transactions in its own way
+        connection.text_factory = lambda text: text.decode(errors="replace")  # a checksum tells
         connection.execute("PRAGMA synchronous=NORMAL")
         with contextlib.suppress(connection.OperationalError):  # another process does it right now
             connection.execute("PRAGMA journal_mode=WAL")
@@ -146,21 +151,19 @@ def make_tables(engine: sql.Engine) -> None:
 Entries = Mapping[str, tuple[str, dict[str, Any]]]
 
 
-def _read_part(content: str) -> Any:
-    """The value of a long part; None if its text is damaged."""
-    with contextlib.suppress(ValueError):
-        return json.loads(content)
-    return None
+def _read_parts(rows: Iterable[Sequence[str]]) -> dict[str, Any]:
+    """The long parts in rows of hash and text, by hash; without those whose text is not what it was."""
+    whole = (row for row in rows if hashlib.sha256(row[1].encode()).hexdigest() == row[0])
+    return {digest: json.loads(text) for digest, text in whole}
 
 
 def read_rows(connection: sql.Connection, store: str) -> dict[str, tuple[str, dict[str, Any]]]:
     """Signature and record by run, as the index has them for `store`."""
     long = sql.select(PARTS.c.sha256, PARTS.c.content).where(PARTS.c.store == store)
-    values = ((digest, _read_part(content)) for digest, content in connection.execute(long))
-    parts = {digest: value for digest, value in values if value is not None}
+    parts = _read_parts(tuple(map(str, row)) for row in connection.execute(long))
     columns = sql.select(RECORDS.c.run, RECORDS.c.signature, RECORDS.c.content)
-    rows = connection.execute(columns.where(RECORDS.c.store == store))
-    records = ((run, signature, unpack(content, parts)) for run, signature, content in rows)
+    rows = connection.execute(columns.where(RECORDS.c.store == store)).all()
+    records = ((run, signature, unpack(str(content), parts)) for run, signature, content in rows)
     return {run: (signature, record) for run, signature, record in records if record is not None}
 
 # %% ../../nbs/experiment/index.ipynb #c73fe5df
@@ -171,18 +174,13 @@ def write_rows(connection: sql.Connection, store: str, entries: Entries, gone: C
         content, long = pack(record)
         rows.append({"store": store, "run": run, "signature": signature, "content": content})
         parts |= long
-    of_run = (RECORDS.c.store == store, RECORDS.c.run == sql.bindparam("of_run"))
-    if entries or gone:
-        connection.execute(sql.delete(RECORDS).where(*of_run), [{"of_run": run} for run in (*entries, *gone)])
-    known = set(connection.scalars(sql.select(PARTS.c.sha256).where(PARTS.c.store == store)))
-    fresh = [
-        {"store": store, "sha256": digest, "content": text}
-        for digest, text in parts.items()
-        if digest not in known
-    ]
-    for table, values in ((RECORDS, rows), (PARTS, fresh)):
-        if values:
-            connection.execute(sql.insert(table), values)
+    texts = [{"store": store, "sha256": digest, "content": text} for digest, text in parts.items()]
+    for key, old, new in ((RECORDS.c.run, [*entries, *gone], rows), (PARTS.c.sha256, [*parts], texts)):
+        of_key = sql.delete(key.table).where(key.table.c.store == store, key == sql.bindparam("key"))
+        if old:
+            connection.execute(of_key, [{"key": each} for each in old])
+        if new:
+            connection.execute(sql.insert(key.table), new)
 
 # %% ../../nbs/experiment/index.ipynb #36ceee53
 def clear_rows(connection: sql.Connection, store: str) -> None:
@@ -191,18 +189,31 @@ def clear_rows(connection: sql.Connection, store: str) -> None:
         connection.execute(sql.delete(table).where(table.c.store == store))
 
 # %% ../../nbs/experiment/index.ipynb #226739e1
-def is_whole(path: Path) -> bool:
-    """Whether SQLite finds nothing wrong with the file at `path`."""
-    try:
-        with contextlib.closing(sqlite3.connect(path, timeout=PATIENCE)) as connection:
-            return bool(connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",))
-    except sqlite3.OperationalError:
+FAILURES = (SQLAlchemyError, UnicodeDecodeError)  # the latter from sqlite3, of a damaged text in a message
+_AROUND = "PERM BUSY LOCKED NOMEM READONLY INTERRUPT IOERR FULL CANTOPEN PROTOCOL"
+AROUND = {getattr(sqlite3, f"SQLITE_{name}") for name in _AROUND.split()}
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether SQLite blames the content of the file, and not what is around it."""
+    if isinstance(error, UnicodeDecodeError):
         return True
-    except sqlite3.DatabaseError:
-        return False
+    code = getattr(getattr(error, "orig", None), "sqlite_errorcode", None)
+    return code is not None and code & 0xFF not in AROUND
+
+
+def is_whole(engine: sql.Engine, store: str) -> bool:
+    """Whether the rows of `store` can be read and SQLite finds nothing wrong with the file."""
+    try:
+        make_tables(engine)
+        with transaction(engine) as connection:
+            read_rows(connection, store)
+            return bool(connection.exec_driver_sql("PRAGMA quick_check(1)").scalar() == "ok")
+    except FAILURES as error:
+        return not is_damage(error)
 
 # %% ../../nbs/experiment/index.ipynb #8f46cf45
-def remove_damaged(engine: sql.Engine) -> bool:
+def remove_damaged(engine: sql.Engine, store: str) -> bool:
     """Take the damaged file of a SQLite engine away; whether that was done."""
     path = Path(engine.url.database or "")
     if engine.dialect.name != "sqlite" or not path.is_file():
@@ -210,7 +221,7 @@ def remove_damaged(engine: sql.Engine) -> bool:
     try:
         lock = hold(path.parent)
         try:
-            if is_whole(path):
+            if is_whole(engine, store):
                 return False
             for end in ("", "-wal", "-shm"):
                 path.with_name(path.name + end).unlink(missing_ok=True)
@@ -225,7 +236,7 @@ def remove_damaged(engine: sql.Engine) -> bool:
 LOGGER = logging.getLogger("nbprod")
 
 
-def _doing_without(engine: sql.Engine, error: SQLAlchemyError) -> None:
+def _doing_without(engine: sql.Engine, error: Exception) -> None:
     """Say that the index cannot be used, and why."""
     url, reason = engine.url.render_as_string(), str(getattr(error, "orig", None) or error)
     LOGGER.warning("nbprod: the index %s cannot be used, so the notebooks are read: %s", url, reason)
@@ -238,8 +249,8 @@ def stored(engine: sql.Engine, store: str) -> dict[str, tuple[str, dict[str, Any
             make_tables(engine)
             with transaction(engine) as connection:
                 return read_rows(connection, store)
-        except SQLAlchemyError as error:
-            if is_last or not remove_damaged(engine):
+        except FAILURES as error:
+            if is_last or not remove_damaged(engine, store):
                 _doing_without(engine, error)
                 return None
             LOGGER.warning("nbprod: the index %s was damaged and is made anew.", engine.url.database)
@@ -253,8 +264,13 @@ def keep(engine: sql.Engine, store: str, entries: Entries, gone: Collection[str]
             write_rows(connection, store, entries, gone)
     except IntegrityError:  # another process has just written the same
         return True
-    except SQLAlchemyError as error:
-        _doing_without(engine, error)
+    except FAILURES as error:
+        if remove_damaged(engine, store):
+            LOGGER.warning(
+                "nbprod: the index %s was damaged; the next use makes it anew.", engine.url.database
+            )
+        else:
+            _doing_without(engine, error)
         return False
     return True
 
@@ -295,12 +311,12 @@ def _read(folder: Path, runs: Collection[str]) -> dict[str, dict[str, Any]]:
 def rebuild(settings: Settings) -> int:
     """Make the index of a store anew; the number of runs. `NbprodError` if it cannot be written."""
     engine, store = open_engine(settings.index_url), str(settings.store)
-    remove_damaged(engine)
+    remove_damaged(engine, store)
     try:
         make_tables(engine)
         with transaction(engine, writes=True) as connection:
             clear_rows(connection, store)
-    except SQLAlchemyError as error:
+    except FAILURES as error:
         reason = str(getattr(error, "orig", None) or error)
         message = f"The index {engine.url.render_as_string()} cannot be written: {reason}."
         raise NbprodError(message) from error
