@@ -60,7 +60,9 @@ def main() -> None:
         (Path(folder) / "settings.ini").write_text("[nbprod]\n")
         make_runs(Path(folder) / ".nbprod" / "runs", RUNS)
         first, lines = seconds(LISTING, folder)
-        print(f"first listing, which reads {RUNS} notebooks: {first:.2f} s, {lines - 1} runs meet the condition")
+        print(
+            f"first listing, which reads {RUNS} notebooks: {first:.2f} s, {lines - 1} runs meet the condition"
+        )
         times = []
         for number in range(1, ROUNDS + 1):
             times.append(seconds(LISTING, folder)[0])

@@ -1,7 +1,6 @@
 """Listing runs: the index beside the notebooks, its faults, many processes at once, and comparing."""
 
 import json
-import logging
 import random
 import signal
 import sqlite3
@@ -67,7 +66,8 @@ def test_many_processes_lose_nothing(project: Path) -> None:
     connection.close()
 
 
-def test_only_what_changed_is_read(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("project")
+def test_only_what_changed_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("first", "second", "third"):
         make(name)
     assert len(runs()) == 3
@@ -140,7 +140,9 @@ def test_index_that_cannot_be_used(project: Path, monkeypatch: pytest.MonkeyPatc
     assert done.returncode == 2 and "The setting `index`" in done.stderr
 
 
-def test_locked_index(project: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_locked_index(
+    project: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """A writer that never ends makes listings say so, and not fail."""
     make("first")
     assert len(runs()) == 1
@@ -166,13 +168,14 @@ def test_interrupted_run_is_found(project: Path) -> None:
     code = f"from nbprod.experiment.execution import run\nrun({str(notebook)!r}, progress=False)"
     driver = start_driver(code, project)
     wait_for(lambda: len(runs()) == 1 and runs()[0].status == "running", "a run")
-    record = wait_for(lambda: (found := [*truth().values()][0])["pid"] != driver.pid and found, "a worker")
+    name = runs()[0].id
+    wait_for(lambda: truth()[name]["pid"] != driver.pid, "a worker")
     assert index_module.stored(*_opened()) == {}
     driver.kill()
     driver.communicate()
-    wait_for(lambda: runs()[0].status == "interrupted", f"the end of {record['run']}")
+    wait_for(lambda: runs()[0].status == "interrupted", "the end")
     assert [each.status for each in runs()] == ["interrupted"]
-    assert index_module.stored(*_opened())[record["run"]][1]["status"] == "interrupted"
+    assert index_module.stored(*_opened())[name][1]["status"] == "interrupted"
     assert driver.returncode == -signal.SIGKILL
 
 

@@ -169,7 +169,8 @@ def read_rows(connection: sql.Connection, store: str) -> dict[str, tuple[str, di
 # %% ../../nbs/experiment/index.ipynb #c73fe5df
 def write_rows(connection: sql.Connection, store: str, entries: Entries, gone: Collection[str] = ()) -> None:
     """Replace the rows of `entries`, which are signature and record by run, and remove those `gone`."""
-    rows, parts = [], {}
+    rows: list[dict[str, str]] = []
+    parts: dict[str, str] = {}
     for run, (signature, record) in entries.items():
         content, long = pack(record)
         rows.append({"store": store, "run": run, "signature": signature, "content": content})
