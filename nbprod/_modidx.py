@@ -988,7 +988,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'nbprod.serve.service.watch_signals': ( 'serve/service.html#watch_signals',
                                                                               'nbprod/serve/service.py')},
             'nbprod.settings': { 'nbprod.settings.Settings': ('settings.html#settings', 'nbprod/settings.py'),
-                                 'nbprod.settings.Settings.index_url': ('settings.html#settings.index_url', 'nbprod/settings.py'),
                                  'nbprod.settings.Settings.predictions': ('settings.html#settings.predictions', 'nbprod/settings.py'),
                                  'nbprod.settings.Settings.releases': ('settings.html#settings.releases', 'nbprod/settings.py'),
                                  'nbprod.settings.Settings.runs': ('settings.html#settings.runs', 'nbprod/settings.py'),

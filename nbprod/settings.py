@@ -47,7 +47,10 @@ DEFAULTS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """One project's settings. `root` and `store` are absolute; `library` is its exported package."""
+    """One project's settings. `root` and `store` are absolute; `library` is its exported package.
+
+    `index` is the SQLAlchemy URL of the index, empty for a SQLite file in the store.
+    """
 
     root: Path
     library: str | None
@@ -65,11 +68,6 @@ class Settings:
     def predictions(self) -> Path:
         """Folder of the prediction and feedback logs, one folder a model name."""
         return self.store / "predictions"
-
-    @property
-    def index_url(self) -> str:
-        """SQLAlchemy URL of the index: the setting, by default a SQLite file in the store."""
-        return self.index or f"sqlite:///{self.store / 'index.sqlite'}"
 
     @property
     def releases(self) -> Path:

@@ -158,7 +158,7 @@ def test_locked_index(
 
 def _opened() -> tuple[Any, str]:
     settings = load_settings()
-    return index_module.open_engine(settings.index_url), str(settings.store)
+    return index_module.open_engine(settings), str(settings.store)
 
 
 def test_interrupted_run_is_found(project: Path) -> None:

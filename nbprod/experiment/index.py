@@ -113,10 +113,11 @@ def _tune_sqlite(engine: sql.Engine) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
-def open_engine(url: str) -> sql.Engine:
-    """The engine of a SQLAlchemy URL. `SettingsError` if it is none, or if its driver is not installed."""
+def open_engine(settings: Settings) -> sql.Engine:
+    """The engine of the index. `SettingsError` if its URL is none, or if its driver is not installed."""
+    default = sql.URL.create("sqlite", database=str(settings.store / "index.sqlite"))
     try:
-        parsed = sql.make_url(url)
+        parsed = sql.make_url(settings.index) if settings.index else default
         is_sqlite = parsed.get_backend_name() == "sqlite"
         options: dict[str, Any] = {"connect_args": {"timeout": PATIENCE}} if is_sqlite else {}
         engine = sql.create_engine(parsed, poolclass=sql.NullPool, **options)
@@ -287,7 +288,7 @@ def records(settings: Settings) -> dict[str, dict[str, Any]]:
     """
     if not settings.runs.is_dir():
         return {}
-    engine, store = open_engine(settings.index_url), str(settings.store)
+    engine, store = open_engine(settings), str(settings.store)
     kept = stored(engine, store)
     usable, kept = kept is not None, kept or {}
     now = signatures(settings.runs)
@@ -311,7 +312,7 @@ def _read(folder: Path, runs: Collection[str]) -> dict[str, dict[str, Any]]:
 # %% ../../nbs/experiment/index.ipynb #3afcdb84
 def rebuild(settings: Settings) -> int:
     """Make the index of a store anew; the number of runs. `NbprodError` if it cannot be written."""
-    engine, store = open_engine(settings.index_url), str(settings.store)
+    engine, store = open_engine(settings), str(settings.store)
     remove_damaged(engine, store)
     try:
         make_tables(engine)
