@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nbprod.experiment.differences import compare as compare
     from nbprod.experiment.execution import run as run
     from nbprod.experiment.recording import log_data as log_data, log_metrics as log_metrics
     from nbprod.experiment.runs import load_run as load_run, runs as runs
@@ -38,6 +39,7 @@ NAMES: dict[str, str] = {
     "sweep": "nbprod.experiment.sweeps",
     "runs": "nbprod.experiment.runs",
     "load_run": "nbprod.experiment.runs",
+    "compare": "nbprod.experiment.differences",
     "log_data": "nbprod.experiment.recording",
     "log_metrics": "nbprod.experiment.recording",
     "log_model": "nbprod.model.artifact",

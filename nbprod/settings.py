@@ -39,6 +39,7 @@ def find_project(start: Path | None = None) -> Path | None:
 # %% ../nbs/settings.ipynb #757a5738
 DEFAULTS: dict[str, str] = {
     "store": ".nbprod",
+    "index": "",
     "jobs": str(os.cpu_count() or 1),
     "max_body": str(10 * 1024 * 1024),
 }
@@ -46,13 +47,17 @@ DEFAULTS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """One project's settings. `root` and `store` are absolute; `library` is its exported package."""
+    """One project's settings. `root` and `store` are absolute; `library` is its exported package.
+
+    `index` is the SQLAlchemy URL of the index, empty for a SQLite file in the store.
+    """
 
     root: Path
     library: str | None
     store: Path
     jobs: int
     max_body: int
+    index: str = ""
 
     @property
     def runs(self) -> Path:
@@ -82,6 +87,17 @@ def _store(root: Path, value: str, origin: str) -> Path:
     if "://" in value:
         raise SettingsError(f"store = {value!r} ({origin}) must be a folder; URLs are not supported yet.")
     return (root / Path(value).expanduser()).resolve()
+
+
+def _index(root: Path, value: str, origin: str) -> str:
+    """`value` as a URL with the path of a SQLite file, relative to the project, made absolute."""
+    dialect, separator, path = value.partition(":///")
+    if not value or ("://" in value and not value.startswith("sqlite")):
+        return value
+    if not separator or not path:
+        message = f"index = {value!r} ({origin}) must be a SQLAlchemy URL such as sqlite:///index.sqlite."
+        raise SettingsError(message)
+    return f"{dialect}:///{root / path}"
 
 # %% ../nbs/settings.ipynb #98497bc8
 def _section(root: Path | None) -> tuple[dict[str, str], str | None]:
@@ -125,6 +141,7 @@ def load_settings(
         store=_store(base, values["store"], origins.get("store", "default")),
         jobs=_whole_number("jobs", values["jobs"], origins.get("jobs", "default")),
         max_body=_whole_number("max_body", values["max_body"], origins.get("max_body", "default")),
+        index=_index(base, values["index"], origins.get("index", "default")),
     )
 
 # %% ../nbs/settings.ipynb #a46cb912

@@ -9,13 +9,14 @@ import contextlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from ..errors import NotFoundError, RunError, UsageError, did_you_mean
+from .query import parse_condition
 from .recording import METADATA_KEY, NOTEBOOK_NAME, html_table, read_record, write_notebook
 from ..files import is_held
 from ..settings import Settings, load_settings
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 # %% auto #0
-__all__ = ['STAGED', 'INTERRUPTED', 'FIELDS', 'show', 'Run', 'run_from_record', 'close_record', 'read_run', 'value_of', 'keys_of',
-           'Runs', 'runs', 'load_run']
+__all__ = ['STAGED', 'INTERRUPTED', 'FIELDS', 'GROUPS', 'COLUMNS', 'Name', 'show', 'Run', 'run_from_record', 'close_record',
+           'read_run', 'value_of', 'keys_of', 'whole_name', 'Runs', 'runs', 'load_run']
 
 # %% ../../nbs/experiment/runs.ipynb #020703ae
 def show(value: Any) -> str:
@@ -166,6 +167,79 @@ def keys_of(runs: Iterable[Run]) -> list[str]:
             found |= dict.fromkeys(f"{group}.{name}" for name in getattr(run, group))
     return list(found)
 
+# %% ../../nbs/experiment/runs.ipynb #746c6803
+GROUPS = ("params", "metrics", "run")
+COLUMNS = (*FIELDS, "models", "sweep", "error")
+Name = tuple[str, ...]
+
+
+def _find(run: Run, name: Name) -> Any:
+    """What the whole `name` stands for in `run`; `KeyError` if there is nothing."""
+    if name[0] == "run":
+        found = getattr(run, name[1])
+        return found["error"] if name[1] == "error" and found else found
+    found = getattr(run, name[0])
+    for length in range(2, len(name) + 1):  # a metric such as val.auc is one name of two parts
+        key = ".".join(name[1:length])
+        if key in found:
+            return found[key] if length == len(name) else _find_in(found[key], name[length:])
+    raise KeyError(name)
+
+
+def _find_in(value: Any, parts: Name) -> Any:
+    """The item of nested dicts that `parts` lead to; `KeyError` if there is none."""
+    for part in parts:
+        if not isinstance(value, dict):
+            raise KeyError(part)
+        value = value[part]
+    return value
+
+# %% ../../nbs/experiment/runs.ipynb #b491e3f1
+def _known(run: Run, name: Name) -> bool:
+    """Whether `run` has something of that whole name."""
+    try:
+        _find(run, name)
+    except (KeyError, AttributeError):
+        return False
+    return True
+
+
+def whole_name(runs: Sequence[Run], name: Name) -> Name:
+    """`name` with its group. `UsageError` if no run has it, or if it could mean two things."""
+    if len(name) > 1 and name[0] in (*GROUPS, "lineage"):
+        fields = name[0] != "run" or name[1:] in {(column,) for column in COLUMNS}
+        possible = [name] if fields else []
+    else:
+        groups = GROUPS if name[0] in COLUMNS and len(name) == 1 else GROUPS[:2]
+        possible = [(group, *name) for group in groups]
+    found = [each for each in possible if any(_known(run, each) for run in runs)]
+    if len(found) > 1:
+        both = " or ".join(".".join(each) for each in found)
+        raise UsageError(f"{'.'.join(name)!r} has several meanings: write {both}.")
+    if not found:
+        whole = [*keys_of(runs), *(f"run.{column}" for column in COLUMNS)]
+        candidates = [*whole, *(key.partition(".")[2] for key in whole), "True", "False", "None"]
+        raise UsageError(f"No run has {'.'.join(name)!r}.{did_you_mean('.'.join(name), candidates)}")
+    return found[0]
+
+# %% ../../nbs/experiment/runs.ipynb #ee0142d1
+def _where(runs: Sequence[Run], condition: str) -> list[Run]:
+    """The runs that meet `condition`. `UsageError` if it cannot be read."""
+
+    def resolve(name: Name) -> Callable[[Run], Any]:
+        whole = whole_name(runs, name)
+
+        def value(run: Run) -> Any:
+            try:
+                return _find(run, whole)
+            except KeyError:
+                return None
+
+        return value
+
+    meets = parse_condition(condition, resolve if runs else lambda _name: lambda _run: None)
+    return [run for run in runs if meets(run)]
+
 # %% ../../nbs/experiment/runs.ipynb #1698dbea
 def _sorted(runs: Sequence[Run], key: str) -> list[Run]:
     """The runs by `key`, with a leading `-` the largest first. `UsageError` for a key that no run has."""
@@ -223,6 +297,15 @@ class Runs(Sequence[Run]):
         """The runs by `key`, smallest first; `-auc` puts the largest AUC first. `UsageError` if unknown."""
         return Runs(_sorted(self, key))
 
+    def where(self, condition: str) -> Runs:
+        """The runs that meet a condition such as `params.depth > 4 and metrics.auc >= 0.7`.
+
+        Names are those of parameters, metrics and fields, bare or after `params.`, `metrics.`, `run.`, and
+        `lineage.` with what it holds. An order with what a run lacks is false. `UsageError`, with the place,
+        for what is no condition, has a name that no run has, or orders values that have no order.
+        """
+        return Runs(_where(self, condition))
+
     def best(self, metric: str, *, lowest: bool = False) -> Run:
         """The succeeded run with the highest (or lowest) `metric`. `NotFoundError` if none has it."""
         runs = [run for run in self if run.status == "succeeded" and value_of(run, metric) is not None]
@@ -252,10 +335,25 @@ def _notebooks(settings: Settings) -> Iterator[Path]:
                 yield folder / NOTEBOOK_NAME
 
 
-def runs(settings: Settings | None = None) -> Runs:
-    """All runs of the project, the newest first. `SettingsError` if this is no project."""
-    found = [read_run(path) for path in _notebooks(settings or load_settings())]
-    return Runs(sorted((run for run in found if run), key=lambda run: (run.started, run.id), reverse=True))
+def _read_all(settings: Settings) -> Iterator[Run | None]:
+    """The run in each folder of runs; None where the record names no run."""
+    from nbprod.experiment.index import records  # SQLAlchemy takes a fifth of a second
+
+    for name, record in records(settings).items():
+        path = settings.runs / name / NOTEBOOK_NAME
+        yield read_run(path) if record["status"] == "running" else run_from_record(record, path)
+
+
+def runs(where: str | None = None, sort: str | None = None, settings: Settings | None = None) -> Runs:
+    """The runs of the project: those that meet `where`, in the order of `sort`, by default the newest first.
+
+    `where` is a condition as `Runs.where` takes it, `sort` a key as `Runs.sort` does. `SettingsError` if this
+    is no project.
+    """
+    read = [run for run in _read_all(settings or load_settings()) if run]
+    newest = sorted(read, key=lambda run: (run.started, run.id), reverse=True)
+    found = Runs(newest).where(where) if where else Runs(newest)
+    return found.sort(sort) if sort else found
 
 # %% ../../nbs/experiment/runs.ipynb #de894b34
 def load_run(name: str, settings: Settings | None = None) -> Run:

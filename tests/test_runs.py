@@ -1,0 +1,207 @@
+"""Listing runs: the index beside the notebooks, its faults, many processes at once, and comparing."""
+
+import json
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import start_driver, wait_for, write_notebook
+
+from nbprod.experiment import index as index_module
+from nbprod.experiment.execution import run
+from nbprod.experiment.index import records
+from nbprod.experiment.recording import NOTEBOOK_NAME, read_record
+from nbprod.experiment.runs import runs
+from nbprod.settings import load_settings
+
+# Writes runs as the engine does, and lists them after each as a user does.
+MAKE = """
+import sys
+from nbprod.experiment.recording import METADATA_KEY, NOTEBOOK_NAME, write_notebook
+from nbprod.experiment.runs import runs
+from nbprod.settings import load_settings
+
+def make(name, auc=0.7):
+    path = load_settings().runs / name / NOTEBOOK_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"run": name, "status": "succeeded", "notebook": "nbs/train.ipynb", "metrics": {"auc": auc}}
+    record |= {"started": "2026-01-01T09:00:00+00:00", "params": {"depth": len(name)}}
+    record |= {"lineage": {"commit": "0a1b", "packages": {f"package-{each}": "1.0" for each in range(50)}}}
+    write_notebook(path, {"cells": [], "metadata": {METADATA_KEY: record}})
+"""
+space: dict[str, Any] = {}
+exec(MAKE, space)
+make = space["make"]
+
+
+def truth() -> dict[str, Any]:
+    """The records as the notebooks have them."""
+    folders = load_settings().runs.iterdir()
+    return {folder.name: read_record(folder / NOTEBOOK_NAME) for folder in folders}
+
+
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    """A command of `nbprod`, with its output."""
+    code = "import sys; from nbprod.cli import main; sys.exit(main())"
+    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+
+
+def test_many_processes_lose_nothing(project: Path) -> None:
+    """16 processes record and list at once; each sees its own at once, and the index ends with all."""
+    work = "\nfor number in range(10):\n    name = f'{sys.argv[1]}-{number}'\n    make(name)\n"
+    work += "    assert name in {run.id for run in runs()}, name\n"
+    code = f"import sys; sys.argv[1:] = ['{{}}']\n{MAKE}{work}"
+    workers = [start_driver(code.replace("{}", f"worker{each:02}"), project) for each in range(16)]
+    for worker in workers:
+        output, errors = worker.communicate(timeout=200)
+        assert (worker.returncode, output, errors) == (0, "", "")
+    assert len(runs()) == 160 and records(load_settings()) == truth()
+    with sqlite3.connect(project / ".nbprod" / "index.sqlite") as connection:
+        assert connection.execute("SELECT count(*) FROM nbprod_records_1").fetchone() == (160,)
+    connection.close()
+
+
+@pytest.mark.usefixtures("project")
+def test_only_what_changed_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("first", "second", "third"):
+        make(name)
+    assert len(runs()) == 3
+    read: list[str] = []
+
+    def watched(path: Path) -> dict[str, Any] | None:
+        read.append(path.parent.name)
+        return read_record(path)
+
+    monkeypatch.setattr(index_module, "read_record", watched)
+    assert len(runs()) == 3 and read == []
+    make("second", auc=0.9)
+    make("fourth")
+    assert runs(sort="-auc")[0].id == "second" and read == ["fourth", "second"]
+
+
+def test_rebuilt_index_is_equal(project: Path) -> None:
+    for number in range(5):
+        make(f"run-{number}", auc=float("nan") if number == 3 else 2**70)
+
+    def rows() -> list[Any]:
+        with sqlite3.connect(project / ".nbprod" / "index.sqlite") as connection:
+            found = connection.execute("SELECT * FROM nbprod_records_1 ORDER BY run").fetchall()
+        connection.close()
+        return found
+
+    assert len(runs()) == 5
+    before = rows()
+    (project / ".nbprod" / "index.sqlite").unlink()
+    done = command("index", "--rebuild", "--json")
+    assert (done.returncode, json.loads(done.stdout), done.stderr) == (0, {"runs": 5}, "")
+    assert rows() == before and str(records(load_settings())) == str(records(load_settings()))
+    assert runs()[4].metrics["auc"] == 2**70
+
+
+def test_damaged_index_changes_no_answer(project: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Bytes turned, parts cut off, another file altogether: the answer is that of the notebooks."""
+    for number in range(20):
+        make(f"run-{number}")
+    expected, choose = truth(), random.Random(0)
+    assert records(load_settings()) == expected
+    index = project / ".nbprod" / "index.sqlite"
+    whole = index.read_bytes()
+    assert len(whole) > 8192
+    for round_ in range(120):
+        content = bytearray(whole)
+        for _ in range(choose.choice([1, 10, 100])):
+            content[choose.randrange(len(content))] = choose.randrange(256)
+        if round_ % 4 == 0:
+            content = content[: choose.randrange(len(content))]
+        for end in ("-wal", "-shm"):
+            index.with_name(index.name + end).unlink(missing_ok=True)
+        index.write_bytes(content)
+        assert records(load_settings()) == expected
+        assert records(load_settings()) == expected
+    assert "was damaged" in caplog.text
+
+
+def test_index_that_cannot_be_used(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make("first")
+    (project / "file").write_text("")
+    monkeypatch.setenv("NBPROD_INDEX", "sqlite:///file/index.sqlite")
+    done = command("runs", "--json")
+    assert done.returncode == 0 and [each["id"] for each in json.loads(done.stdout)] == ["first"]
+    assert done.stderr.startswith("nbprod: the index sqlite:///") and done.stderr.count("\n") == 1
+    done = command("index", "--rebuild")
+    assert done.returncode == 1 and "cannot be written" in done.stderr
+    monkeypatch.setenv("NBPROD_INDEX", "oracl://host/index")
+    done = command("runs")
+    assert done.returncode == 2 and "The setting `index`" in done.stderr
+
+
+def test_locked_index(
+    project: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A writer that never ends makes listings say so, and not fail."""
+    make("first")
+    assert len(runs()) == 1
+    monkeypatch.setattr(index_module, "PATIENCE", 0.2)
+    writer = sqlite3.connect(project / ".nbprod" / "index.sqlite", isolation_level=None)
+    writer.execute("BEGIN IMMEDIATE")
+    assert len(runs()) == 1 and caplog.text == ""
+    make("second")
+    assert len(runs()) == 2 and "database is locked" in caplog.text
+    writer.close()
+    assert len(runs()) == 2 and len(index_module.stored(*_opened())) == 2
+
+
+def _opened() -> tuple[Any, str]:
+    settings = load_settings()
+    return index_module.open_engine(settings), str(settings.store)
+
+
+def test_interrupted_run_is_found(project: Path) -> None:
+    """A run whose process is killed is listed as running before, as interrupted after, and then kept."""
+    cell = "import time\ntime.sleep(600)"
+    notebook = write_notebook(project / "nbs" / "long.ipynb", "seed = 0", cell)
+    code = f"from nbprod.experiment.execution import run\nrun({str(notebook)!r}, progress=False)"
+    driver = start_driver(code, project)
+    wait_for(lambda: len(runs()) == 1 and runs()[0].status == "running", "a run")
+    name = runs()[0].id
+    wait_for(lambda: truth()[name]["pid"] != driver.pid, "a worker")
+    assert index_module.stored(*_opened()) == {}
+    driver.kill()
+    driver.communicate()
+    wait_for(lambda: runs()[0].status == "interrupted", "the end")
+    assert [each.status for each in runs()] == ["interrupted"]
+    assert index_module.stored(*_opened())[name][1]["status"] == "interrupted"
+    assert driver.returncode == -signal.SIGKILL
+
+
+def test_conditions_on_the_command_line(project: Path) -> None:
+    for name, auc in (("a", 0.6), ("bb", 0.7), ("ccc", 0.8)):
+        make(name, auc)
+    done = command("runs", "--where", "params.depth > 1 and 0.65 <= metrics.auc", "--sort", "-auc", "--json")
+    assert [each["id"] for each in json.loads(done.stdout)] == ["ccc", "bb"]
+    assert "packages" not in json.loads(done.stdout)[0]["lineage"]
+    done = command("runs", "--where", "depth > 1 and acu > 0.5")
+    assert done.returncode == 2 and "Did you mean 'auc'?" in done.stderr and "(column 15)" in done.stderr
+    done = command("runs", "--where", "__import__('os').mkdir('made')")
+    assert done.returncode == 2 and not (project / "made").exists()
+
+
+def test_compare_on_the_command_line(project: Path) -> None:
+    cell = "from nbprod.experiment.recording import log_data, log_metrics\nimport pandas as pd\n"
+    cell += "log_data('train', pd.DataFrame({'depth': [depth]}))\nlog_metrics(share=1 / depth)"
+    notebook = write_notebook(project / "nbs" / "train.ipynb", "depth = 1", cell)
+    first, second = (run(notebook, {"depth": depth}, progress=False) for depth in (1, 2))
+    done = command("compare", first.id, second.id, "--json")
+    told = json.loads(done.stdout)
+    assert done.returncode == 0 and told["runs"] == [first.id, second.id]
+    names = [(each["kind"], each["name"], each["left"], each["right"]) for each in told["differences"]]
+    assert names[:2] == [("params", "depth", 1, 2), ("metrics", "share", 1.0, 0.5)]
+    assert [name[:2] for name in names[2:]] == [("data", "train.sha256")]
+    assert command("compare", first.id, second.id).stdout.startswith("kind     name")
+    done = command("compare", first.id, "2020")
+    assert done.returncode == 2 and "is not in" in done.stderr
