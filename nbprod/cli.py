@@ -15,9 +15,10 @@ from typing import Any
 __all__ = ['Argument', 'Command', 'VERBS', 'MODEL', 'NAME', 'NOTEBOOK', 'RUN', 'ALIAS', 'WHY', 'PORT', 'JSON', 'PARAMETER',
            'RUN_COLUMNS', 'text', 'print_table', 'print_json', 'shown', 'split_assignments', 'split_values', 'takes',
            'verb', 'new_command', 'demo_command', 'lab_command', 'typed_values', 'params_command', 'print_run',
-           'run_command', 'varied', 'print_runs', 'sweep_command', 'runs_command', 'show_command', 'models_command',
-           'print_releases', 'promote_command', 'rollback_command', 'releases_command', 'build_command',
-           'serve_command', 'containerize_command', 'monitor_command', 'make_parser', 'join_sort', 'main']
+           'run_command', 'varied', 'print_runs', 'sweep_command', 'reproduce_command', 'runs_command', 'show_command',
+           'models_command', 'print_releases', 'promote_command', 'rollback_command', 'releases_command',
+           'build_command', 'serve_command', 'containerize_command', 'monitor_command', 'make_parser', 'join_sort',
+           'main']
 
 # %% ../nbs/cli.ipynb #df3968bb
 def text(value: Any) -> str:
@@ -245,6 +246,17 @@ def sweep_command(arguments: argparse.Namespace) -> None:
     else:
         print_runs(rows)
     if any(run.status != "succeeded" for run in runs):
+        raise SystemExit(1)
+
+# %% ../nbs/cli.ipynb #39df22b1
+@verb(RUN, takes("--checkout", action="store_true", help="on the recorded commit and changes"), JSON)
+def reproduce_command(arguments: argparse.Namespace) -> None:
+    """Execute a run again from its lineage, and tell what matched."""
+    import nbprod
+
+    result = nbprod.reproduce(arguments.run, checkout=arguments.checkout)
+    print_json(result.as_dict()) if arguments.json else print(result)
+    if not result.matched:
         raise SystemExit(1)
 
 # %% ../nbs/cli.ipynb #c54cd06b
