@@ -101,7 +101,8 @@ def test_a_changed_library_is_named_and_the_recorded_commit_is_equal(train: Path
 
 def test_uncommitted_changes_and_new_modules_come_back(train: Path, project: Path) -> None:
     """A changed file, a new module that git does not know, and an ignored one, all of them imported."""
-    (project / "small" / "rules.py").write_text("from small.new import minutes\nfrom small.hidden import word\n")
+    code = "from small.new import minutes\nfrom small.hidden import word\n"
+    (project / "small" / "rules.py").write_text(code)
     (project / "small" / "new.py").write_text("def minutes(distance):\n    return distance * 0.5\n")
     (project / ".git" / "info" / "exclude").write_text("hidden.py\n")
     (project / "small" / "hidden.py").write_text("word = 'ä'\n")
@@ -124,14 +125,14 @@ def test_the_recorded_notebook_is_executed_and_not_todays(train: Path) -> None:
     run = nbprod.run(train)
     write_notebook(train, "scale = 1.0\nseed = 7", "1 / 0")
     result = nbprod.reproduce(run.id)
-    assert set(differing(result)) == {"notebook", "patch", "library"} - {"library"}
+    assert set(differing(result)) == {"notebook", "patch"}
     assert "code cell 2 of train.ipynb changed" in found(result, "notebook")
     train.unlink()
     assert "no longer there" in found(nbprod.reproduce(run.id), "notebook")
 
 
 def test_chance_without_a_seed_is_told(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cell = "import random\nfrom nbprod import log_metrics\nlog_metrics(auc=random.Random(seed).random(), rows=3)"
+    cell = "import random, nbprod\nnbprod.log_metrics(auc=random.Random(seed).random(), rows=3)"
     notebook = write_notebook(project / "nbs" / "chance.ipynb", "seed: int | None = None", cell)
     git(project, "add", "-A")
     git(project, "commit", "-q", "-m", "Chance")
@@ -170,22 +171,24 @@ def test_what_cannot_be_reproduced_is_said(train: Path, project: Path, capsys: p
     assert len(nbprod.runs()) == 1
 
 
-def test_from_inside_a_kernel(train: Path, project: Path) -> None:
+@pytest.mark.usefixtures("train")
+def test_from_inside_a_kernel(project: Path) -> None:
     """A notebook whose cells start a run, and log a model by hand: both know commit and changes."""
     (project / "small" / "rules.py").write_text("def minutes(distance):\n    return distance\n")
     live = TRAIN.replace("scale=scale", "scale=1")
-    cells = ["import os\ndel os.environ['NBPROD_RUN']", live, "nbprod.run('nbs/train.ipynb').lineage['patch']"]
-    nbprod.run(write_notebook(project / "nbs" / "outer.ipynb", *cells))
+    by_hand, inner_run = "import os\ndel os.environ['NBPROD_RUN']", "nbprod.run('nbs/train.ipynb')"
+    nbprod.run(write_notebook(project / "nbs" / "outer.ipynb", by_hand, live, inner_run))
     inner = next(run for run in nbprod.runs() if run.notebook == "nbs/train.ipynb")
-    [by_hand] = [model for model in nbprod.models("air_time") if model.run is None]
+    [logged] = [model for model in nbprod.models("air_time") if model.run is None]
     commit = git(project, "rev-parse", "HEAD").strip()
-    assert inner.lineage["commit"] == commit == by_hand.facts["lineage"]["commit"]
+    assert inner.lineage["commit"] == commit == logged.facts["lineage"]["commit"]
     assert "+    return distance\n" in (inner.folder / PATCH_NAME).read_text()
-    assert "+    return distance\n" in (by_hand.folder / PATCH_NAME).read_text()
-    assert list(by_hand.facts["lineage"]["modules"]) == ["small", "small.rules"]
+    assert "+    return distance\n" in (logged.folder / PATCH_NAME).read_text()
+    assert list(logged.facts["lineage"]["modules"]) == ["small", "small.rules"]
 
 
-def test_a_hook_and_a_configuration_of_git_do_not_change_the_patch(train: Path, project: Path) -> None:
+@pytest.mark.usefixtures("train")
+def test_a_hook_and_a_configuration_of_git_do_not_change_the_patch(project: Path) -> None:
     (project / "small" / "rules.py").write_text("def minutes(distance):\n    return distance\n")
     for name, value in {"diff.noprefix": "true", "diff.external": "false", "color.ui": "always"}.items():
         git(project, "config", name, value)

@@ -120,8 +120,8 @@ def first_record(
 ) -> dict[str, Any]:
     """The record of a run that is about to start; its uncommitted changes are kept in `folder`."""
     params, settings = effective_values(source.parameters, values), source.settings
-    facts = {"library": settings.library, "parameters": params, "keep": folder}
-    origin = lineage(source.path, settings.root, source.content, **facts)
+    library, content = settings.library, source.content
+    origin = lineage(source.path, settings.root, content, library=library, parameters=params, keep=folder)
     return {
         "run": folder.name,
         "status": "running",

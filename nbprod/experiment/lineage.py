@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from .changes import git_state, keep_changes
-from .modules import file_sha256, joint_sha256, own_modules
+from .modules import file_sha256, joint_sha256, loaded_modules, own_modules
 from .notebook import parse_notebook
 
 # %% auto #0
-__all__ = ['LOCKS', 'SEEDS', 'packages', 'lock', 'machine', 'seed', 'code_state', 'lineage']
+__all__ = ['LOCKS', 'SEEDS', 'packages', 'lock', 'machine', 'seed', 'code_state', 'environment', 'lineage', 'live_lineage']
 
 # %% ../../nbs/experiment/lineage.ipynb #4cf6b748
 @lru_cache(maxsize=1)
@@ -87,6 +87,17 @@ def code_state(
     patch = keep_changes(root, files, keep) if state["commit"] else None
     return {**state, "patch": patch, "modules": hashes, "library_sha256": joint_sha256(hashes)}
 
+# %% ../../nbs/experiment/lineage.ipynb #2b9ad706
+def environment(root: Path) -> dict[str, Any]:
+    """`python`, `interpreter`, `machine`, `lock` and `packages` of this process in the project at `root`."""
+    return {
+        "python": platform.python_version(),
+        "interpreter": {"implementation": platform.python_implementation(), "executable": sys.executable},
+        "machine": machine(),
+        "lock": lock(root),
+        "packages": dict(packages()),
+    }
+
 # %% ../../nbs/experiment/lineage.ipynb #5d2b9729
 def lineage(
     notebook: Path,
@@ -108,9 +119,15 @@ def lineage(
         **code_state(notebook, content, root, library, keep),
         "notebook_sha256": hashlib.sha256(content).hexdigest(),
         "seed": seed(parameters or {}),
-        "python": platform.python_version(),
-        "interpreter": {"implementation": platform.python_implementation(), "executable": sys.executable},
-        "machine": machine(),
-        "lock": lock(root),
-        "packages": dict(packages()),
+        **environment(root),
     }
+
+# %% ../../nbs/experiment/lineage.ipynb #5bf87b44
+def live_lineage(root: Path, keep: Path | None = None) -> dict[str, Any]:
+    """What this process works with: the entries of `lineage`, but for notebook and seed."""
+    modules = loaded_modules(root)
+    hashes = {name: file_sha256(path) for name, path in modules.items()}
+    state = git_state(root)
+    patch = keep_changes(root, modules.values(), keep) if state["commit"] else None
+    code = {**state, "patch": patch, "modules": hashes, "library_sha256": joint_sha256(hashes)}
+    return code | environment(root)

@@ -8,14 +8,15 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.machinery import all_suffixes
 from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['INSTALLED', 'imported_names', 'cell_trees', 'find_module', 'library_modules', 'own_modules', 'file_sha256',
-           'joint_sha256']
+__all__ = ['INSTALLED', 'imported_names', 'cell_trees', 'find_module', 'library_modules', 'own_modules', 'loaded_modules',
+           'file_sha256', 'joint_sha256']
 
 # %% ../../nbs/experiment/modules.ipynb #78616f1f
 def _absolute(node: ast.ImportFrom, package: str) -> str:
@@ -121,6 +122,17 @@ def own_modules(
                 package = module if path.stem == "__init__" else module.rpartition(".")[0]
                 wanted += imported_names(_tree(path), package)
     return dict(sorted(found.items()))
+
+# %% ../../nbs/experiment/modules.ipynb #2f2f7e4d
+def loaded_modules(root: Path) -> dict[str, Path]:
+    """The files below `root` of the modules that this process has imported, by the name of the module."""
+    files = {name: getattr(module, "__file__", None) for name, module in sys.modules.copy().items()}
+    found = {name: Path(file) for name, file in files.items() if isinstance(file, str)}
+    return {
+        name: path
+        for name, path in sorted(found.items())
+        if path.is_relative_to(root) and not INSTALLED & set(path.relative_to(root).parts)
+    }
 
 # %% ../../nbs/experiment/modules.ipynb #fa490da4
 def file_sha256(path: Path) -> str | None:

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
+from ..experiment.lineage import live_lineage
 from ..experiment.recording import current_run, emit
 from ..files import is_held
 from .baseline import profile
 from .contract import Contract, infer_contract, plain_rows
 from .pipeline import Answer, answer, write_pipeline
 from .store import commit, staging_folder
-from ..settings import Settings, bentoml_home, load_settings
+from ..settings import Settings, bentoml_home, find_project, load_settings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -168,12 +169,23 @@ def log_model(
     with staging_folder(context.folder if context else bentoml_home() / "tmp") as folder:
         stage(folder, tag, model, inputs, labels, training, settings)
         if context is None:
+            _note_origin(folder, settings)
             commit(folder, tag)
         else:
             _keep(folder, context.folder / "model" / name, name)
     value = {"tag": tag, "estimator": estimator_name(model), "rows": len(inputs), "columns": inputs.shape[1]}
     emit("model", value, text=f"model {tag}: {value['estimator']}, {value['columns']} columns")
     return tag
+
+
+def _note_origin(folder: Path, settings: Settings) -> None:
+    """Add to the facts of a model that is logged by hand in a project what the kernel knows of its origin."""
+    if find_project() is None:
+        return
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    lineage = live_lineage(settings.root, folder)
+    del lineage["packages"]  # a service shows the facts; what it needs installed is found from its code
+    _write_json(folder / "facts.json", facts | {"lineage": lineage})
 
 
 def _check_inputs(model: Any, name: str, inputs: pd.DataFrame, training: pd.DataFrame | None) -> None:

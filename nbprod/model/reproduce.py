@@ -9,6 +9,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,8 @@ def check_notebook(recorded: bytes, path: Path) -> Check:
     before = code_cells(json.loads(recorded))
     if now == before:
         return Check("notebook", True, f"{len(now)} code cells")
-    pairs = [
-        (before[index : index + 1], now[index : index + 1]) for index in range(max(len(before), len(now)))
-    ]
-    changed = [str(position) for position, (one, other) in enumerate(pairs, start=1) if one != other]
+    pairs = enumerate(zip_longest(before, now), start=1)
+    changed = [str(position) for position, (one, other) in pairs if one != other]
     where = f"code cell {told(changed)} of {path.name}"
     return Check("notebook", False, f"{where} changed since; the recorded one was executed")
 
