@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -57,55 +57,61 @@ PLAIN = ("-c", "diff.noprefix=false", "-c", "diff.mnemonicPrefix=false", "-c", "
 PATCH_LIMIT = 5_000_000
 
 
-@contextmanager
-def _index_with(top: Path, files: Sequence[Path]) -> Iterator[str]:
-    """A copy of the index of the repository at `top` that knows the untracked ones of `files`."""
-    own = (ask_git(top, "rev-parse", "--git-path", "index") or "").strip()
+def _place(root: Path) -> tuple[Path, Path] | None:
+    """The top folder of the repository around `root` and its index; None where there is none."""
+    lines = (ask_git(root, "rev-parse", "--show-toplevel", "--git-path", "index") or "").splitlines()
+    return (Path(lines[0]), root / lines[1]) if len(lines) == 2 else None
+
+
+def _diff(top: Path, index: str, limit: int) -> bytes | None:
+    """The difference of the last commit to what `index` knows; None if it fails or is too large."""
+    command, environment = ["git", "-C", str(top), *PLAIN, *DIFF], git_environment(GIT_INDEX_FILE=index)
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as git:
+        assert git.stdout is not None
+        content = git.stdout.read(limit + 1)
+        if len(content) > limit:
+            git.kill()
+    return content if git.returncode == 0 and len(content) <= limit else None
+
+# %% ../../nbs/experiment/changes.ipynb #9943a08a
+def read_changes(
+    root: Path, files: Iterable[Path] = (), *, dirty: bool = True, limit: int = PATCH_LIMIT
+) -> bytes | None:
+    """The difference to the last commit, in bytes that `git apply` takes; empty if there is none.
+
+    Untracked `files`, also ignored ones, are in it as new. Where it is known that nothing else is changed,
+    `dirty=False` saves a look. None if it is unknown, or of more than `limit` bytes.
+    """
+    place = _place(root)
+    if place is None:
+        return None
+    top, own = place
+    names = [str(file) for file in files if file.is_relative_to(top)]
+    others = ask_git(top, "ls-files", "--others", "-z", "--", *names) if names else None
+    new = [name for name in (others or "").split("\0") if name]
+    if not new and not dirty:
+        return b""
     with tempfile.TemporaryDirectory(prefix="nbprod-") as scratch:
         index = f"{scratch}/index"
         with suppress(OSError):  # a repository without files has none
-            shutil.copyfile(top / own, index)
-        names = [str(file) for file in files]
-        others = ask_git(top, "ls-files", "--others", "-z", "--", *names) if names else None
-        new = [name for name in (others or "").split("\0") if name]
+            shutil.copyfile(own, index)
         if new:
             ask_git(top, "add", "--intent-to-add", "--force", "--", *new, GIT_INDEX_FILE=index)
-        yield index
-
-
-def read_changes(root: Path, files: Iterable[Path] = (), limit: int = PATCH_LIMIT) -> bytes | None:
-    """The difference to the last commit, in bytes that `git apply` takes; empty if there is none.
-
-    Untracked `files`, also ignored ones, are in it as new. None if it is unknown, or of more than `limit`
-    bytes.
-    """
-    top = Path((ask_git(root, "rev-parse", "--show-toplevel") or "").rstrip("\n"))
-    if not top.is_absolute():
-        return None
-    inside = [file for file in files if file.is_relative_to(top)]
-    with _index_with(top, inside) as index:
-        command = ["git", "-C", str(top), *PLAIN, *DIFF]
-        environment = git_environment(GIT_INDEX_FILE=index)
-        with subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        ) as git:
-            assert git.stdout is not None
-            content = git.stdout.read(limit + 1)
-            if len(content) > limit:
-                git.kill()
-    return content if git.returncode == 0 and len(content) <= limit else None
+        return _diff(top, index, limit)
 
 # %% ../../nbs/experiment/changes.ipynb #5f839b83
 PATCH_NAME = "changes.patch"
 
 
-def keep_changes(root: Path, files: Iterable[Path], folder: Path | None = None) -> dict[str, Any] | None:
+def keep_changes(
+    root: Path, files: Iterable[Path], folder: Path | None = None, *, dirty: bool = True
+) -> dict[str, Any] | None:
     """The record's entry for the uncommitted changes; the patch itself becomes a file in `folder`.
 
     Returns `file`, `bytes` and `sha256`, all None if the patch is unknown or too large; None where nothing
     is changed. Raises `OSError` if `folder` cannot be written.
     """
-    patch = read_changes(root, files)
+    patch = read_changes(root, files, dirty=dirty)
     if patch is None:
         return {"file": None, "bytes": None, "sha256": None}
     if not patch:
@@ -148,9 +154,10 @@ def checkout(root: Path, commit: str, patch: bytes = b"") -> Iterator[Path]:
 
     Raises `RunError` if the commit is not in the repository or the patch does not apply.
     """
-    top = Path((ask_git(root, "rev-parse", "--show-toplevel") or "").rstrip("\n"))
-    if not top.is_absolute():
+    place = _place(root)
+    if place is None:
         raise RunError(f"{root} is in no git repository, so no commit of it can be checked out.")
+    top = place[0]
     with tempfile.TemporaryDirectory(prefix="nbprod-", ignore_cleanup_errors=True) as scratch:
         copy = Path(scratch).resolve() / top.name
         what = f"The commit {commit[:12]} cannot be checked out"

@@ -84,7 +84,7 @@ def code_state(
     hashes = {name: file_sha256(path) for name, path in modules.items()}
     state = git_state(root)
     files = [*modules.values(), *((root / library).rglob("*.py") if library else ()), notebook]
-    patch = keep_changes(root, files, keep) if state["commit"] else None
+    patch = keep_changes(root, files, keep, dirty=state["dirty"]) if state["commit"] else None
     return {**state, "patch": patch, "modules": hashes, "library_sha256": joint_sha256(hashes)}
 
 # %% ../../nbs/experiment/lineage.ipynb #2b9ad706
@@ -128,6 +128,6 @@ def live_lineage(root: Path, keep: Path | None = None) -> dict[str, Any]:
     modules = loaded_modules(root)
     hashes = {name: file_sha256(path) for name, path in modules.items()}
     state = git_state(root)
-    patch = keep_changes(root, modules.values(), keep) if state["commit"] else None
+    patch = keep_changes(root, modules.values(), keep, dirty=state["dirty"]) if state["commit"] else None
     code = {**state, "patch": patch, "modules": hashes, "library_sha256": joint_sha256(hashes)}
     return code | environment(root)

@@ -10,6 +10,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from importlib.machinery import all_suffixes
 from pathlib import Path
 from typing import Any
@@ -86,12 +87,13 @@ def find_module(name: str, folders: Sequence[Path], root: Path) -> dict[str, Pat
     return found
 
 # %% ../../nbs/experiment/modules.ipynb #b62cf792
-def _tree(path: Path) -> ast.AST:
-    """The syntax tree of a module; an empty one for what is not Python."""
+@lru_cache(maxsize=2048)
+def _imports(content: bytes, package: str) -> tuple[str, ...]:
+    """The names that a module's source may import; none for what is not Python. A sweep asks often."""
     try:
-        return ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
-        return ast.Module([], [])
+        return tuple(imported_names(ast.parse(content), package))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ()
 
 
 def library_modules(root: Path, library: str | None) -> Iterator[str]:
@@ -120,7 +122,7 @@ def own_modules(
             if module not in found:
                 found[module] = path
                 package = module if path.stem == "__init__" else module.rpartition(".")[0]
-                wanted += imported_names(_tree(path), package)
+                wanted += _imports(path.read_bytes(), package)
     return dict(sorted(found.items()))
 
 # %% ../../nbs/experiment/modules.ipynb #2f2f7e4d

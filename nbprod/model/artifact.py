@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from nbprod.experiment.runs import Run
 
 # %% auto #0
-__all__ = ['TYPICAL_EXAMPLES', 'golden_examples', 'holdout_metrics', 'check_name', 'stage', 'estimator_name', 'log_model',
-           'commit_staged', 'recover']
+__all__ = ['TYPICAL_EXAMPLES', 'NOT_SERVED', 'golden_examples', 'holdout_metrics', 'check_name', 'stage', 'estimator_name',
+           'log_model', 'commit_staged', 'recover']
 
 # %% ../../nbs/model/artifact.ipynb #0978ce9d
 TYPICAL_EXAMPLES = 24
@@ -149,6 +149,9 @@ def _copy_library(folder: Path, settings: Settings | None) -> str | None:
     return settings.library
 
 # %% ../../nbs/model/artifact.ipynb #73c3dd4e
+NOT_SERVED = {"packages", "interpreter", "machine"}  # of a lineage: a service shows the facts to anybody
+
+
 def log_model(
     model: Any,
     name: str,
@@ -183,8 +186,8 @@ def _note_origin(folder: Path, settings: Settings) -> None:
     if find_project() is None:
         return
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    lineage = live_lineage(settings.root, folder)
-    del lineage["packages"]  # a service shows the facts; what it needs installed is found from its code
+    made = live_lineage(settings.root, folder).items()
+    lineage = {key: value for key, value in made if key not in NOT_SERVED}
     _write_json(folder / "facts.json", facts | {"lineage": lineage})
 
 
@@ -214,7 +217,7 @@ def commit_staged(run: Run, _settings: Settings) -> None:
 
     Takes what execution tells its listeners: the run and the project's settings.
     """
-    lineage = {key: value for key, value in run.lineage.items() if key != "packages"}
+    lineage = {key: value for key, value in run.lineage.items() if key not in NOT_SERVED}
     for folder in sorted((run.folder / "model").glob("*")):
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         about = {"run": run.id, "params": run.params, "metrics": run.metrics, "lineage": lineage}

@@ -42,7 +42,7 @@ class Check:
 def same(name: str, before: Any, after: Any, text: str | None = None) -> Check:
     """A check that two values are equal; None means unknown."""
     if before is None or after is None:
-        return Check(name, True if before is after else None, "none" if before is after else "not recorded")
+        return Check(name, None, "not recorded")
     return Check(name, before == after, str(before) if before == after else text or f"{before} → {after}")
 
 # %% ../../nbs/model/reproduce.ipynb #2ca30d90
@@ -112,8 +112,9 @@ def check_origin(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterato
         changed = f"{told(names)} changed" if names else f"{len(modules[0])} modules of the project"
         yield Check("library", not names, changed)
     yield same_entries("packages", before.get("packages") or {}, after.get("packages") or {}, "packages")
-    locks = [(each.get("lock") or {}).get("sha256") for each in (before, after)]
-    yield same("lock", *(digest and digest[:12] for digest in locks))
+    locks = [(each["lock"] or {"file": "none"}) if "lock" in each else None for each in (before, after)]
+    files = [lock and f"{lock['file']} {lock.get('sha256', '')[:12]}".strip() for lock in locks]
+    yield same("lock", files[0], files[1])
     yield same("python", before.get("python"), after.get("python"))
     machines = same("machine", before.get("machine"), after.get("machine"), "another machine")
     yield replace(machines, matched=machines.matched or None, text="" if machines.matched else machines.text)
@@ -247,11 +248,12 @@ def recorded_code(original: Run, settings: Settings, checked_out: bool) -> Itera
     if not checked_out:
         yield settings
         return
-    commit, kept = original.lineage.get("commit"), original.lineage.get("patch")
+    made = original.lineage
+    commit, kept = made.get("commit"), made.get("patch")
     if commit is None:
         raise RunError(f"Run {original.id} recorded no commit, so there is none to check out.", original.path)
-    if original.lineage.get("dirty") and (kept or {"file": None})["file"] is None and kept is not None:
-        raise RunError(f"Run {original.id} has no patch of its uncommitted changes.", original.path)
+    if (made.get("dirty") and "patch" not in made) or (kept and kept["file"] is None):
+        raise RunError(f"Run {original.id} kept no patch of its uncommitted changes.", original.path)
     patch = original.folder / kept["file"] if kept else None
     try:
         content = patch.read_bytes() if patch else b""
