@@ -102,7 +102,8 @@ def check_patch(before: Mapping[str, Any], after: Mapping[str, Any]) -> Check:
 # %% ../../nbs/model/reproduce.ipynb #dca831fc
 def check_origin(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Check]:
     """The checks of two lineages."""
-    yield same("commit", before.get("commit"), after.get("commit"))
+    commits = [(each.get("commit") or "")[:12] or None for each in (before, after)]
+    yield same("commit", commits[0], commits[1])
     yield check_patch(before, after)
     modules = before.get("modules"), after.get("modules")
     if modules[0] is None or modules[1] is None:
@@ -116,6 +117,8 @@ def check_origin(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterato
     files = [lock and f"{lock['file']} {lock.get('sha256', '')[:12]}".strip() for lock in locks]
     yield same("lock", files[0], files[1])
     yield same("python", before.get("python"), after.get("python"))
+    seeded = same("seed", before.get("seed"), after.get("seed"))
+    yield seeded if seeded.matched is not None else replace(seeded, text="no parameter seeds it")
     machines = same("machine", before.get("machine"), after.get("machine"), "another machine")
     yield replace(machines, matched=machines.matched or None, text="" if machines.matched else machines.text)
 
