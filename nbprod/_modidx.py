@@ -166,6 +166,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'nbprod.experiment.modules.loaded_modules': ( 'experiment/modules.html#loaded_modules',
                                                                                          'nbprod/experiment/modules.py'),
                                            'nbprod.experiment.modules.own_modules': ( 'experiment/modules.html#own_modules',
+                                                                                      'nbprod/experiment/modules.py'),
+                                           'nbprod.experiment.modules.search_path': ( 'experiment/modules.html#search_path',
                                                                                       'nbprod/experiment/modules.py')},
             'nbprod.experiment.notebook': { 'nbprod.experiment.notebook.Assignment': ( 'experiment/notebook.html#assignment',
                                                                                        'nbprod/experiment/notebook.py'),

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['INSTALLED', 'imported_names', 'cell_trees', 'find_module', 'library_modules', 'own_modules', 'loaded_modules',
-           'file_sha256', 'joint_sha256']
+__all__ = ['INSTALLED', 'imported_names', 'cell_trees', 'search_path', 'find_module', 'library_modules', 'own_modules',
+           'loaded_modules', 'file_sha256', 'joint_sha256']
 
 # %% ../../nbs/experiment/modules.ipynb #78616f1f
 def _absolute(node: ast.ImportFrom, package: str) -> str:
@@ -70,6 +70,12 @@ def _locate(folder: Path, part: str) -> Path | None:
     return folder / part if (folder / part).is_dir() else None
 
 
+def search_path(folder: Path, root: Path) -> list[Path]:
+    """The folders below `root` that a kernel in `folder` searches for modules, in its order."""
+    more = [Path(entry) for entry in sys.path if entry and Path(entry).is_relative_to(root)]
+    return list(dict.fromkeys([folder, root, *more, root / "src"]))
+
+
 def find_module(name: str, folders: Sequence[Path], root: Path) -> dict[str, Path]:
     """The files below `root` that importing the dotted `name` executes, by the name of their module."""
     found: dict[str, Path] = {}
@@ -108,6 +114,7 @@ def own_modules(
 ) -> dict[str, Path]:
     """The files below `root` that a notebook in `folder` imports, transitively, by the name of the module."""
     wanted = [name for tree in cell_trees(notebook) for name in imported_names(tree)]
+    folders = search_path(folder, root)
     found: dict[str, Path] = {}
     seen: set[str] = set()
     while wanted:
@@ -118,7 +125,7 @@ def own_modules(
         if name == "*":
             wanted += library_modules(root, library)
             continue
-        for module, path in find_module(name, [folder, root], root).items():
+        for module, path in find_module(name, folders, root).items():
             if module not in found:
                 found[module] = path
                 package = module if path.stem == "__init__" else module.rpartition(".")[0]
