@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from nbprod.experiment.runs import load_run as load_run, runs as runs
     from nbprod.experiment.sweeps import sweep as sweep
     from nbprod.model.artifact import log_model as log_model
+    from nbprod.model.reproduce import reproduce as reproduce
     from nbprod.model.store import models as models
     from nbprod.monitor.report import report as report
     from nbprod.project import new as new
@@ -43,6 +44,7 @@ NAMES: dict[str, str] = {
     "log_data": "nbprod.experiment.recording",
     "log_metrics": "nbprod.experiment.recording",
     "log_model": "nbprod.model.artifact",
+    "reproduce": "nbprod.model.reproduce",
     "models": "nbprod.model.store",
     "load_model": "nbprod.release.ledger",
     "promote": "nbprod.release.ledger",
@@ -74,7 +76,7 @@ def join_rooms() -> None:
 def __getattr__(name: str) -> Any:
     if name not in NAMES:
         raise AttributeError(f"module 'nbprod' has no attribute {name!r}")
-    if name in ("run", "sweep"):
+    if name in ("run", "sweep", "reproduce"):
         join_rooms()
     value = getattr(import_module(NAMES[name]), name)
     globals()[name] = value

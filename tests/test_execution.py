@@ -207,7 +207,7 @@ print(os.path.basename(os.getcwd()), small.answer, transport, os.environ.get("MP
     finished = run(write_notebook(project / "nbs" / "where.ipynb", "months = 3", cell))
     assert "nbs 42 ipc module://matplotlib_inline" in texts(finished.path)
     assert '"stderr"' not in texts(finished.path)
-    assert sorted(child.name for child in finished.folder.iterdir()) == [NOTEBOOK_NAME]
+    assert sorted(child.name for child in finished.folder.iterdir()) == ["changes.patch", NOTEBOOK_NAME]
     assert len(finished.lineage["commit"]) == 40 and finished.lineage["dirty"] is True
 
 

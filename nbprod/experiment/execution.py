@@ -37,12 +37,16 @@ __all__ = ['LEFTOVERS', 'LOG_NAME', 'Source', 'open_source', 'storing', 'new_id'
 # %% ../../nbs/experiment/execution.ipynb #b04c1d90
 @dataclass(frozen=True)
 class Source:
-    """A notebook to execute: its path, its bytes, its parameters, and the settings of its project."""
+    """A notebook to execute: its path, its bytes, its parameters, and the settings of its project.
+
+    `reproduces` is the id of the run that is executed again, if it is that.
+    """
 
     path: Path
     content: bytes
     parameters: list[Parameter]
     settings: Settings
+    reproduces: str | None = None
 
     @property
     def name(self) -> str:
@@ -114,12 +118,15 @@ def fresh_notebook(source: Source, record: Mapping[str, Any]) -> dict[str, Any]:
 def first_record(
     source: Source, values: Mapping[str, Any], folder: Path, sweep: str | None = None
 ) -> dict[str, Any]:
-    """The record of a run that is about to start."""
+    """The record of a run that is about to start; its uncommitted changes are kept in `folder`."""
+    params, settings = effective_values(source.parameters, values), source.settings
+    library, content = settings.library, source.content
+    origin = lineage(source.path, settings.root, content, library=library, parameters=params, keep=folder)
     return {
         "run": folder.name,
         "status": "running",
         "notebook": source.name,
-        "params": effective_values(source.parameters, values),
+        "params": params,
         "sweep": sweep,
         "metrics": {},
         "data": {},
@@ -129,7 +136,7 @@ def first_record(
         "started": datetime.now(UTC).isoformat(),
         "ended": None,
         "seconds": None,
-        "lineage": lineage(source.path, source.settings.root, source.content),
+        "lineage": origin | ({"reproduces": source.reproduces} if source.reproduces else {}),
         "pid": os.getpid(),
         "host": platform.node(),
     }

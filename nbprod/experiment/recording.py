@@ -5,7 +5,6 @@
 # %% ../../nbs/experiment/recording.ipynb #64ba6e2b
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -22,10 +21,11 @@ from ..files import write_atomic
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+    from pyarrow import Table
 
 # %% auto #0
-__all__ = ['MIME', 'METADATA_KEY', 'NOTEBOOK_NAME', 'emit', 'html_table', 'log_metrics', 'fingerprint', 'log_data', 'Record',
-           'collect', 'RunContext', 'current_run', 'write_notebook', 'read_record']
+__all__ = ['MIME', 'METADATA_KEY', 'NOTEBOOK_NAME', 'emit', 'html_table', 'log_metrics', 'log_data', 'Record', 'collect',
+           'RunContext', 'current_run', 'write_notebook', 'read_record']
 
 # %% ../../nbs/experiment/recording.ipynb #4a9a6176
 MIME = "application/vnd.nbprod.record+json"
@@ -76,39 +76,20 @@ def log_metrics(**metrics: float) -> None:
     emit("metrics", numbers, ", ".join(map(" ".join, shown)), html_table(shown))
 
 # %% ../../nbs/experiment/recording.ipynb #91bb3abe
-def _hashes(values: Any) -> bytes:
-    """A hash of 8 bytes for each value of a pandas Series or Index."""
-    from pandas.util import hash_pandas_object
+def log_data(name: str, data: DataFrame | Table | Path | str) -> None:
+    """Record the fingerprint and the size of data that this run uses, under `name`.
 
-    try:
-        hashes = hash_pandas_object(values, index=False)
-    except TypeError:
-        hashes = hash_pandas_object(values.map(repr), index=False)
-    return hashes.to_numpy().astype("<u8").tobytes()
-
-# %% ../../nbs/experiment/recording.ipynb #66418426
-def fingerprint(data: DataFrame) -> str:
-    """SHA-256 (hex) of a frame's content: column names, types, values in their order, and index."""
-    digest = hashlib.sha256(_hashes(data.index))
-    for position, name in enumerate(data.columns):
-        column = data.iloc[:, position]
-        digest.update(f"\x1f{name}\x1f{column.dtype}\x1f".encode(errors="backslashreplace"))
-        digest.update(_hashes(column))
-    return digest.hexdigest()
-
-# %% ../../nbs/experiment/recording.ipynb #5733126a
-def log_data(name: str, data: DataFrame) -> None:
-    """Record the rows, columns and fingerprint of a table that this run uses, under `name`.
-
-    Raises `UsageError` if `data` is not a DataFrame.
+    `data` is a pandas DataFrame, a pyarrow Table, the path of a file or folder, or an fsspec URL. Raises
+    `UsageError` for anything else and `NotFoundError` for a file that is not there.
     """
-    from pandas import DataFrame as Frame
+    from nbprod.experiment.fingerprints import data_facts
 
-    if not isinstance(data, Frame):
-        raise UsageError(f"log_data({name!r}, …) takes a pandas DataFrame, not {type(data).__name__}.")
-    columns, digest = [str(column) for column in data.columns], fingerprint(data)
-    value = {"name": str(name), "rows": len(data), "columns": columns, "sha256": digest}
-    shown = {"data": str(name), "rows": str(len(data)), "columns": str(len(columns)), "sha256": digest[:12]}
+    facts = data_facts(data)
+    shown = {"data": str(name)} | {key: str(value) for key, value in facts.items()}
+    if "columns" in facts:
+        shown["columns"] = str(len(facts["columns"]))
+    shown["sha256"] = facts["sha256"][:12]
+    value = {"name": str(name), **facts}
     emit("data", value, ", ".join(map(" ".join, shown.items())), html_table(shown.items()))
 
 # %% ../../nbs/experiment/recording.ipynb #a731f1d8
@@ -123,7 +104,7 @@ def _emitted(notebook: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]
 # %% ../../nbs/experiment/recording.ipynb #6603cea5
 @dataclass(frozen=True)
 class Record:
-    """What the outputs of a notebook record. `models` are tags; `data` has rows, columns, sha256 by name."""
+    """What the outputs of a notebook record. `models` are tags; `data` has facts by name, also sha256."""
 
     metrics: dict[str, float | None] = field(default_factory=dict)
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
