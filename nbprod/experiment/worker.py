@@ -144,6 +144,8 @@ class RunManager(NotebookExecutionManager):
         execution.notebook = notebook
         paths = {"input_path": execution.task["source"], "output_path": str(execution.path)}
         notebook.metadata.papermill.update(paths)
+        if "parameters" in execution.task:
+            notebook.metadata.papermill["parameters"] = execution.task["parameters"]
         notebook.metadata[METADATA_KEY]["pid"] = os.getpid()
         execution.report({"event": "cells", "total": len(notebook.cells)})
 
