@@ -131,7 +131,7 @@ def inject(notebook: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any
         for index, cell in enumerate(cells)
         if cell.get("cell_type") == "code" and TAG in _tags(cell)
     ]
-    cell = {
+    cell: dict[str, Any] = {
         "cell_type": "code",
         "execution_count": None,
         "metadata": {"tags": ["injected-parameters"]},
