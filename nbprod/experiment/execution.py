@@ -23,7 +23,7 @@ from ..errors import CellError, RunError, UsageError
 from .lineage import lineage
 from .notebook import parse_notebook, read_content
 from nbprod.experiment.parameters import (
-    TAG, Parameter, check_values, effective_values, injected_cell, notebook_parameters
+    TAG, Parameter, check_values, effective_values, injected_cell, notebook_parameters, secret_variables
 )  # fmt: skip
 from .progress import Listener, cell_progress
 from .recording import METADATA_KEY, NOTEBOOK_NAME, read_record, write_notebook
@@ -239,6 +239,7 @@ def _task(source: Source, values: Mapping[str, Any], folder: Path, scratch: str)
         "working_folder": str(source.path.parent),
         "scratch": scratch,
         "parameters": given,
+        "secrets": secret_variables(source.parameters, values),
         "values": {} if language == "python" else given,
         "kernel": kernel.get("name") or "python3",
         "language": language,

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, Union
 
+from .redaction import Secret
+
 # %% auto #0
 __all__ = ['PLAIN', 'KEYS', 'CALLS', 'ENUMS', 'BOUNDS', 'WORDS', 'SHORT', 'Enums', 'last_name', 'literal', 'Member', 'stand_in',
            'enums_in', 'type_of']
@@ -20,7 +22,7 @@ __all__ = ['PLAIN', 'KEYS', 'CALLS', 'ENUMS', 'BOUNDS', 'WORDS', 'SHORT', 'Enums
 # %% ../../nbs/experiment/parameter_types.ipynb #3e1e2299
 PLAIN: dict[str, Any] = {
     "int": int, "float": float, "bool": bool, "str": str, "Any": Any,
-    "date": date, "datetime": datetime, "Path": Path,
+    "date": date, "datetime": datetime, "Path": Path, "SecretStr": Secret,
     "list": list[Any], "List": list[Any], "dict": dict[str, Any], "Dict": dict[str, Any],
 }  # fmt: skip
 KEYS = (str, int, date, datetime, Path)

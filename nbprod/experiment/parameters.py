@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +16,12 @@ from typing import Any
 from ..errors import ParameterError, did_you_mean
 from .notebook import Assignment, assignments, parse_notebook, read_content, tagged_source
 from .parameter_types import PLAIN, Enums, enums_in, literal, type_of
+from .redaction import check_secret, secrets_in, Secret
 from .values import adapt, cell_source, native, plain, read_text, strictly, writable
 
 # %% auto #0
 __all__ = ['TAG', 'UNKNOWN', 'BROKEN', 'Parameter', 'notebook_parameters', 'read_parameters', 'check_value', 'known_parameter',
-           'check_values', 'effective_values', 'injected_cell', 'parse_texts']
+           'check_values', 'effective_values', 'injected_cell', 'secret_variables', 'parse_texts']
 
 # %% ../../nbs/experiment/parameters.ipynb #5678382f
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Parameter:
     required: bool = False
     annotated: bool = True
     python_type: Any = field(default=None, repr=False, compare=False)
+    mentions: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Name, type, default, help, and whether it is computed or required, as JSON can hold them."""
@@ -81,6 +84,12 @@ def _implied(default: Any, computed: bool) -> str:
     return "Path" if isinstance(default, Path) else name
 
 # %% ../../nbs/experiment/parameters.ipynb #c480a3fc
+def _mentions(value: ast.expr | None) -> frozenset[str]:
+    """The texts in a default, among them the environment variable that a secret is read from."""
+    nodes = ast.walk(value) if value is not None else ()
+    return frozenset(n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str))
+
+
 def _parameter(assignment: Assignment, enums: Enums) -> Parameter:
     """The parameter that an assignment makes."""
     annotation = assignment.annotation
@@ -100,6 +109,7 @@ def _parameter(assignment: Assignment, enums: Enums) -> Parameter:
         required=assignment.value is None,
         annotated=annotation is not None,
         python_type=python_type,
+        mentions=_mentions(assignment.value) if "SecretStr" in text else frozenset(),
     )
 
 # %% ../../nbs/experiment/parameters.ipynb #0472c61f
@@ -136,6 +146,8 @@ def read_parameters(notebook: Path) -> list[Parameter]:
 # %% ../../nbs/experiment/parameters.ipynb #1415b015
 def _refusal(parameter: Parameter, value: Any, place: str = "") -> str:
     """The sentence that refuses `value`; `place` is the index of the wrong item in a list."""
+    if "SecretStr" in parameter.type:
+        return f"Parameter {parameter.name} is a secret: name an environment variable, as env:NAME."
     try:
         shown = reprlib.repr(value)
     except ValueError:  # an int with more digits than Python prints
@@ -167,6 +179,11 @@ def _reason(error: Exception) -> str:
     return f" ({told})" if told else ""
 
 
+def _cause(parameter: Parameter, error: Exception) -> Exception | None:
+    """The error behind a refusal; None for a secret, which that error might show."""
+    return None if "SecretStr" in parameter.type else error
+
+
 def check_value(parameter: Parameter, value: Any) -> Any:
     """`value` as `parameter` takes it, or `ParameterError`."""
     if parameter.python_type is None:
@@ -174,7 +191,9 @@ def check_value(parameter: Parameter, value: Any) -> Any:
     try:
         checked = strictly(adapt(native(value), parameter.python_type), parameter.python_type)
     except (ValueError, RecursionError) as error:
-        raise ParameterError(_refusal(parameter, value, _reason(error))) from error
+        raise ParameterError(_refusal(parameter, value, _reason(error))) from _cause(parameter, error)
+    for variable in sorted(secrets_in(checked)):
+        check_secret(Secret(variable))
     if not writable(checked):
         raise ParameterError(f"{_refusal(parameter, value)} It cannot be written into a cell.")
     return checked
@@ -195,6 +214,8 @@ def check_values(parameters: Sequence[Parameter], values: Mapping[str, Any]) -> 
     Raises `ParameterError` for an unknown name, a value that does not fit, or a missing required value.
     """
     checked = {name: check_value(known_parameter(parameters, name), value) for name, value in values.items()}
+    for variable in {name for each in parameters for name in each.mentions if os.environ.get(name)}:
+        check_secret(Secret(variable))
     missing = [each.name for each in parameters if each.required and each.name not in values]
     if missing:
         raise ParameterError(f"Parameter {', '.join(missing)} has no default: give a value.")
@@ -212,13 +233,19 @@ def injected_cell(values: Mapping[str, Any]) -> str:
     """The source of a cell that assigns checked `values`."""
     return cell_source(dict(values))
 
+# %% ../../nbs/experiment/parameters.ipynb #c01d2cb0
+def secret_variables(parameters: Sequence[Parameter], values: Mapping[str, Any]) -> list[str]:
+    """The environment variables with a run's secrets."""
+    mentioned = frozenset[str]().union(*(each.mentions for each in parameters))
+    return sorted(mentioned | secrets_in(dict(values)))
+
 # %% ../../nbs/experiment/parameters.ipynb #b2606e8b
 def _parse(parameter: Parameter, text: str) -> Any:
     """One text as a checked value of `parameter`."""
     try:
         value = read_text(text, parameter.python_type) if parameter.python_type is not None else text
     except (ValueError, KeyError, RecursionError) as error:
-        raise ParameterError(_refusal(parameter, text)) from error
+        raise ParameterError(_refusal(parameter, text)) from _cause(parameter, error)
     return check_value(parameter, value)
 
 

@@ -15,12 +15,14 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from .redaction import Secret, secret_from
+
 # %% auto #0
 __all__ = ['MODULES', 'WRITERS', 'SPECIAL', 'TRUTH', 'source_of', 'cell_source', 'writable', 'plain', 'native', 'adapt',
            'strictly', 'fits', 'read_text']
 
 # %% ../../nbs/experiment/values.ipynb #efd1d3e2
-MODULES = {"_datetime": "datetime", "_pathlib": "pathlib"}
+MODULES = {"_datetime": "datetime", "_os": "os", "_pathlib": "pathlib", "_pydantic": "pydantic"}
 
 
 def _text_source(value: str) -> str:
@@ -50,6 +52,7 @@ WRITERS: dict[type, Callable[[Any], str]] = {
     date: lambda value: f'_datetime.date.fromisoformat("{value.isoformat()}")',
     datetime: _datetime_source,
     type(Path()): lambda value: f"_pathlib.Path({_text_source(str(value))})",
+    Secret: lambda value: f'_pydantic.SecretStr(_os.environ["{value.variable}"])',
     list: lambda value: f"[{', '.join(map(source_of, value))}]",
     dict: lambda value: f"{{{', '.join(f'{source_of(k)}: {source_of(v)}' for k, v in value.items())}}}",
 }
@@ -88,7 +91,7 @@ def plain(value: Any) -> Any:
         return value.name
     if isinstance(value, date):  # which a datetime is as well
         return value.isoformat()
-    if isinstance(value, Path) or (isinstance(value, float) and not math.isfinite(value)):
+    if isinstance(value, Path | Secret) or (isinstance(value, float) and not math.isfinite(value)):
         return str(value)
     if isinstance(value, dict):
         return {str(plain(key)): plain(each) for key, each in value.items()}
@@ -131,6 +134,8 @@ def _scalar(value: Any, python_type: Any) -> Any:
         return value
     if python_type in {date, datetime}:
         return python_type.fromisoformat(value)
+    if python_type is Secret:
+        return secret_from(value)
     if python_type is Path and "\0" not in value:
         return Path(value)
     return float(value) if python_type is float and value in SPECIAL else value
@@ -215,6 +220,8 @@ def _read_scalar(text: str, python_type: Any) -> Any:
         return (by_value | python_type.__members__)[text]
     if python_type in {date, datetime}:
         return python_type.fromisoformat(text)
+    if python_type is Secret:
+        return secret_from(text)
     return TRUTH[text.lower()] if python_type is bool else python_type(text)
 
 
