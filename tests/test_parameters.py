@@ -418,7 +418,7 @@ def test_a_notebook_of_another_language_is_left_to_papermill(project: Path) -> N
 
 SECRET = "p&ss'w\"örd <+/ 4711"
 SPILL = """
-import base64, json, logging, os, subprocess, sys, urllib.parse, nbprod
+import base64, json, logging, os, subprocess, sys, time, urllib.parse, nbprod
 from IPython.display import HTML, JSON, display
 from pydantic import SecretStr
 value = password.get_secret_value()
@@ -429,6 +429,9 @@ logging.warning(value)
 os.write(1, value.encode())
 os.write(2, value.encode())
 subprocess.run(["printenv", "DB_PASSWORD"])
+for letter in value:
+    print(letter, end="", flush=True)
+    time.sleep(0.01)
 display(HTML(f"<b>{value}</b>"), JSON({value: [value]}), value, urllib.parse.quote(value))
 print(urllib.parse.quote_plus(value), base64.b64encode(value.encode()).decode(), token.get_secret_value())
 nbprod.log_metrics(**{value: 1.0})

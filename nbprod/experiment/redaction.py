@@ -9,14 +9,15 @@ import base64
 import html
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, quote_plus
 
 from ..errors import ParameterError
 
 # %% auto #0
-__all__ = ['PREFIX', 'SHORTEST', 'STARS', 'Secret', 'secret_from', 'check_secret', 'secrets_in', 'forms', 'redacted']
+__all__ = ['PREFIX', 'SHORTEST', 'STARS', 'Secret', 'secret_from', 'check_secret', 'secrets_in', 'forms', 'redacted', 'joined',
+           'redacted_notebook']
 
 # %% ../../nbs/experiment/redaction.ipynb #e0198087
 PREFIX = "env:"
@@ -93,3 +94,25 @@ def redacted(value: Any, hidden: Iterable[str]) -> Any:
     if isinstance(value, dict):
         return {redacted(key, hidden): redacted(each, hidden) for key, each in value.items()}
     return [redacted(each, hidden) for each in value] if isinstance(value, list | tuple) else value
+
+# %% ../../nbs/experiment/redaction.ipynb #9655b1c9
+def joined(outputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A cell's outputs, those of one stream that follow each other as one."""
+    whole: list[dict[str, Any]] = []
+    for output in outputs:
+        last = whole[-1] if whole else {}
+        if output["output_type"] == last.get("output_type") == "stream" and output["name"] == last["name"]:
+            whole[-1] = last | {"text": f"{last['text']}{output['text']}"}
+        else:
+            whole.append(dict(output))
+    return whole
+
+
+def redacted_notebook(notebook: Mapping[str, Any], hidden: Sequence[str]) -> dict[str, Any]:
+    """A copy of a notebook without the texts `hidden`."""
+    cells = [
+        {**cell, "outputs": joined(cell["outputs"])} if "outputs" in cell else cell
+        for cell in notebook["cells"]
+    ]
+    copy: dict[str, Any] = redacted({**notebook, "cells": cells}, hidden)
+    return copy

@@ -32,7 +32,7 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from .recording import METADATA_KEY, NOTEBOOK_NAME, collect
-from .redaction import forms, redacted
+from .redaction import forms, redacted, redacted_notebook
 from ..files import write_atomic
 
 # %% auto #0
@@ -121,7 +121,9 @@ class Execution:
         """Write the notebook with what is known by now and `entries` in its record, whole or not at all."""
         assert self.notebook is not None
         self.notebook.metadata[METADATA_KEY] |= progress_entries(self.notebook) | entries
-        notebook = from_dict(redacted(self.notebook, self.hidden)) if self.hidden else self.notebook
+        notebook = self.notebook
+        if self.hidden:
+            notebook = from_dict(redacted_notebook(notebook, self.hidden))
         content = writes_json(notebook) + "\n"
         write_atomic(self.path, content.encode(errors="backslashreplace"))
 
