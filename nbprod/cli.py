@@ -13,12 +13,12 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['Argument', 'Command', 'VERBS', 'MODEL', 'NAME', 'NOTEBOOK', 'RUN', 'ALIAS', 'WHY', 'PORT', 'JSON', 'PARAMETER',
-           'RUN_COLUMNS', 'text', 'print_table', 'print_json', 'shown', 'split_assignments', 'split_values', 'takes',
-           'verb', 'new_command', 'demo_command', 'lab_command', 'typed_values', 'params_command', 'print_run',
-           'run_command', 'varied', 'print_runs', 'sweep_command', 'reproduce_command', 'runs_command', 'show_command',
-           'models_command', 'print_releases', 'promote_command', 'rollback_command', 'releases_command',
-           'build_command', 'serve_command', 'containerize_command', 'monitor_command', 'make_parser', 'join_sort',
-           'main']
+           'FILE', 'OPTION', 'RUN_COLUMNS', 'text', 'print_table', 'print_json', 'shown', 'split_assignments',
+           'split_values', 'takes', 'verb', 'new_command', 'demo_command', 'lab_command', 'given_texts', 'typed_values',
+           'option_help', 'add_options', 'params_command', 'print_run', 'run_command', 'varied', 'print_runs',
+           'sweep_command', 'runs_command', 'show_command', 'models_command', 'print_releases', 'promote_command',
+           'rollback_command', 'releases_command', 'build_command', 'serve_command', 'containerize_command',
+           'monitor_command', 'make_parser', 'join_sort', 'main']
 
 # %% ../nbs/cli.ipynb #df3968bb
 def text(value: Any) -> str:
@@ -168,15 +168,74 @@ def lab_command(arguments: argparse.Namespace) -> None:
     )
 
 # %% ../nbs/cli.ipynb #1cc547b9
-def typed_values(notebook: str, texts: dict[str, str]) -> dict[str, Any]:
-    """The `texts` by parameter, as the values that the notebook declares."""
+FILE = takes(
+    "-f", "--file", action="append", default=[], metavar="FILE", help="YAML with values; may be repeated"
+)
+
+
+def given_texts(arguments: argparse.Namespace) -> dict[str, str]:
+    """The texts by parameter: `-p name=text`, and above them `--name text`."""
+    options = {
+        name.removeprefix(OPTION): value
+        for name, value in vars(arguments).items()
+        if name.startswith(OPTION) and value is not None
+    }
+    return split_assignments(arguments.parameter) | options
+
+
+def typed_values(arguments: argparse.Namespace, *, grid: bool = False) -> dict[str, Any]:
+    """The values given for a notebook by files and, above them, as texts; for a `grid`, lists of values."""
     from pathlib import Path
 
+    from nbprod.experiment.parameter_file import read_file
     from nbprod.experiment.parameters import parse_texts, read_parameters
 
-    return parse_texts(read_parameters(Path(notebook)), texts) if texts else {}
+    texts, values = given_texts(arguments), dict[str, Any]()
+    parameters = read_parameters(Path(arguments.notebook)) if texts or arguments.file else []
+    for file in arguments.file:
+        values |= read_file(Path(file), parameters, grid=grid)
+    if not grid:
+        return values | parse_texts(parameters, texts)
+    for name, text_of_all in texts.items():
+        values[name] = [parse_texts(parameters, {name: each})[name] for each in split_values(text_of_all)]
+    return values
+
+# %% ../nbs/cli.ipynb #df1843e9
+OPTION = "parameter:"
 
 
+def option_help(parameter: Any) -> str:
+    """What `--help` says of a parameter: its comment, its type, its default."""
+    from nbprod.experiment.values import plain
+
+    default = "required" if parameter.required else f"default: {plain(parameter.default)}"
+    if parameter.computed:
+        default = f"computed: {parameter.default}"
+    facts = f"{parameter.type}; {default}"
+    return (f"{parameter.help} ({facts})" if parameter.help else facts).replace("%", "%%")
+
+
+def add_options(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Give `parser` an option for each parameter of the notebook among `words`, if it can be read."""
+    from pathlib import Path
+
+    from nbprod.errors import NbprodError
+    from nbprod.experiment.parameters import read_parameters
+
+    notebook = next((word for word in words if word.endswith(".ipynb")), None)
+    try:
+        parameters = read_parameters(Path(notebook)) if notebook else []
+    except NbprodError:  # the verb itself will say so
+        return
+    parser.allow_abbrev = False  # a misspelled parameter is none
+    taken = {"--help", *(name for names, _ in VERBS[words[0]][1] for name in names)}
+    group = parser.add_argument_group(f"parameters of {notebook}")
+    for each in parameters:
+        name = f"--{each.name.replace('_', '-')}"
+        if name not in taken:
+            group.add_argument(name, dest=OPTION + each.name, metavar="VALUE", help=option_help(each))
+
+# %% ../nbs/cli.ipynb #d50ab982
 @verb(NOTEBOOK, JSON)
 def params_command(arguments: argparse.Namespace) -> None:
     """A notebook's parameters: name, type, default, help."""
@@ -185,9 +244,15 @@ def params_command(arguments: argparse.Namespace) -> None:
     from nbprod.experiment.parameters import read_parameters
 
     rows = [parameter.as_dict() for parameter in read_parameters(Path(arguments.notebook))]
-    print_json(rows) if arguments.json else print_table(rows, ["name", "type", "default", "help"])
+    if arguments.json:
+        print_json(rows)
+        return
+    for row in rows:
+        words = f"computed: {row['default']}" if row["computed"] else text(row["default"])
+        row["default"] = "required" if row["required"] else words
+    print_table(rows, ["name", "type", "default", "help"])
 
-# %% ../nbs/cli.ipynb #d50ab982
+# %% ../nbs/cli.ipynb #1e832544
 def print_run(run: Any, as_json: bool) -> None:
     """Print the facts of one run, a line each."""
     facts = run.as_dict()
@@ -198,12 +263,12 @@ def print_run(run: Any, as_json: bool) -> None:
         print(f"{name:9} {shown(facts[name]) if name == 'path' else text(facts[name])}")
 
 
-@verb(NOTEBOOK, PARAMETER, takes("--timeout", type=float, help="seconds for the whole run"), JSON)
+@verb(NOTEBOOK, PARAMETER, FILE, takes("--timeout", type=float, help="seconds for the whole run"), JSON)
 def run_command(arguments: argparse.Namespace) -> None:
     """Execute a notebook; the executed notebook is the record."""
     import nbprod
 
-    values = typed_values(arguments.notebook, split_assignments(arguments.parameter))
+    values = typed_values(arguments)
     print_run(nbprod.run(arguments.notebook, values, timeout=arguments.timeout), arguments.json)
 
 # %% ../nbs/cli.ipynb #ad280856
@@ -229,16 +294,12 @@ def print_runs(rows: Sequence[dict[str, Any]]) -> None:
     print_table(varied(rows), RUN_COLUMNS)
 
 # %% ../nbs/cli.ipynb #1bc29137
-@verb(NOTEBOOK, PARAMETER, takes("--jobs", type=int, help="runs at once (default: cores)"), JSON)
+@verb(NOTEBOOK, PARAMETER, FILE, takes("--jobs", type=int, help="runs at once (default: cores)"), JSON)
 def sweep_command(arguments: argparse.Namespace) -> None:
     """Execute a notebook over a grid of values: -p depth=4,8 -p rate=0.05,0.1"""
     import nbprod
 
-    texts = split_assignments(arguments.parameter)
-    grid = {
-        name: [typed_values(arguments.notebook, {name: each})[name] for each in split_values(values)]
-        for name, values in texts.items()
-    }
+    grid = typed_values(arguments, grid=True)
     runs = nbprod.sweep(arguments.notebook, grid, jobs=arguments.jobs)
     rows = [run.as_dict() for run in runs]
     if arguments.json:
@@ -246,17 +307,6 @@ def sweep_command(arguments: argparse.Namespace) -> None:
     else:
         print_runs(rows)
     if any(run.status != "succeeded" for run in runs):
-        raise SystemExit(1)
-
-# %% ../nbs/cli.ipynb #39df22b1
-@verb(RUN, takes("--checkout", action="store_true", help="on the recorded commit and changes"), JSON)
-def reproduce_command(arguments: argparse.Namespace) -> None:
-    """Execute a run again from its lineage, and tell what matched."""
-    import nbprod
-
-    result = nbprod.reproduce(arguments.run, checkout=arguments.checkout)
-    print_json(result.as_dict()) if arguments.json else print(result)
-    if not result.matched:
         raise SystemExit(1)
 
 # %% ../nbs/cli.ipynb #c54cd06b
@@ -378,8 +428,8 @@ def monitor_command(arguments: argparse.Namespace) -> None:
     print(f"\n{report.rows} rows; report: {shown(report.html)}")
 
 # %% ../nbs/cli.ipynb #01544a57
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
+def make_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser of the command line; with its `words`, it knows the parameters of the notebook they name."""
     parser = argparse.ArgumentParser(
         prog="nbprod",
         description="The Jupyter-first way from experiment to production.",
@@ -388,11 +438,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
     for name, (command, arguments) in VERBS.items():
-        words = str(command.__doc__).removesuffix(".")
-        made = verbs.add_parser(name, help=words[0].lower() + words[1:], description=words)
+        about = str(command.__doc__).removesuffix(".")
+        made = verbs.add_parser(name, help=about[0].lower() + about[1:], description=about)
         made.set_defaults(command=command)
         for names, options in arguments:
             made.add_argument(*names, **options)
+        if words and words[0] == name and FILE in arguments:
+            add_options(made, words)
     return parser
 
 # %% ../nbs/cli.ipynb #388ff2e7
@@ -411,8 +463,9 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the command line `words` (default: the process's own); returns the exit status."""
     if words is None:  # a scheduler's SIGTERM ends a command as Ctrl-C does: recorded, and tidied up
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    parser = make_parser()
-    arguments = parser.parse_args(join_sort(sys.argv[1:] if words is None else words))
+    words = join_sort(sys.argv[1:] if words is None else words)
+    parser = make_parser(words)
+    arguments = parser.parse_args(words)
     if arguments.version:
         from importlib.metadata import version
 

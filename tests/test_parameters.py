@@ -1,16 +1,35 @@
 """Values on their way into a kernel: none changes, and none that would change is let in."""
 
+import enum
+import html
 import json
-import math
+import traceback
+from base64 import b64encode
+from datetime import UTC, date, datetime, timedelta, timezone
 from pathlib import Path
+from types import NoneType
 from typing import Any
+from urllib.parse import quote, quote_plus
+from zoneinfo import ZoneInfo
 
 import pytest
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as some
 from running import write_notebook
 
+from nbprod.cli import main
 from nbprod.errors import ParameterError
-from nbprod.experiment.execution import run
-from nbprod.experiment.parameters import check_values, notebook_parameters, parse_texts, read_parameters
+from nbprod.experiment.execution import fresh_notebook, inject, open_source, run
+from nbprod.experiment.parameter_file import read_file
+from nbprod.experiment.parameters import (
+    check_values,
+    effective_values,
+    injected_cell,
+    notebook_parameters,
+    parse_texts,
+    read_parameters,
+)
 
 
 def parameters(source: str) -> list[Any]:
@@ -68,7 +87,6 @@ def test_given_from_python(source: str, value: Any, expected: Any) -> None:
     [
         ("x: float = 1.0", "banana"),
         ("x: float = 1.0", True),
-        ("x: float = 1.0", math.inf),
         ("x: int = 1", True),
         ("x: int = 1", 1.0),
         pytest.param("x: int = 1", 10**5000, id="more digits than Python prints"),
@@ -78,10 +96,16 @@ def test_given_from_python(source: str, value: Any, expected: Any) -> None:
         ("x: Literal['a', 1] = 'a'", "b"),
         ("x: list[int] = []", ["1"]),
         ("x: dict[str, int] = {}", {1: 1}),
-        ("x: dict[int, int] = {}", {1: 1}),
-        ("x: Path = Path()", "here"),
-        ("x: 'date' = None", "2026-01-01"),
-        ("x: Annotated[float, Field(gt=0)] = 1.0", 2.0),
+        ("x: Path = Path()", 1),
+        ("x: Path = Path()", "a\0b"),
+        ("x: date = None", datetime(2026, 1, 1)),
+        ("x: date = None", "1 January"),
+        ("x: datetime = None", datetime(2026, 1, 1, tzinfo=ZoneInfo("Europe/Zurich"))),
+        ("x: Annotated[float, Field(gt=0)] = 1.0", 0),
+        ("x: list[Annotated[int, Ge(1)]] = []", [1, 0]),
+        ("x: Annotated[float, Odd(0)] = 1.0", 1.0),
+        ("class Loss(Enum):\n    A = 1\nx: Loss = Loss.A", "B"),
+        ("x: Loss = Loss.A", "A"),
         ("x: Literal[[1]] = 1", 1),
         ("x = 3", "3"),
         ("x = None", {1, 2}),
@@ -124,7 +148,6 @@ def test_given_as_text(source: str, text: str, expected: Any) -> None:
     [
         ("x: int = 0", "1.5"),
         ("x: int = 0", ""),
-        ("x: float = 0", "nan"),
         ("x: float = 0", "banana"),
         ("x: bool = True", "maybe"),
         ("x: list[int] = []", "4,x"),
@@ -133,7 +156,9 @@ def test_given_as_text(source: str, text: str, expected: Any) -> None:
         ("x: dict[str, int] = {}", "a=1"),
         ("x: dict[str, int] = {}", "[1]"),
         ("x: Literal['a'] = 'a'", "A"),
-        ("x: Path = Path()", "here"),
+        ("x: Annotated[float, Field(gt=0, le=1)] = 1.0", "1.5"),
+        ("x: date = None", "2026-02-30"),
+        ("x: set[int] = set()", "1"),
     ],
 )
 def test_text_that_does_not_fit(source: str, text: str) -> None:
@@ -160,3 +185,295 @@ def test_cell_is_read_and_not_executed(project: Path) -> None:
     cell = "import os\nx: int = os.abort()\ny: os.abort() = 1\nz: 'os.abort()' = 1\n"
     notebook = write_notebook(project / "nbs" / "train.ipynb", cell)
     assert [each.name for each in read_parameters(notebook)] == ["x", "y", "z"]
+
+
+TEXT = some.text(some.characters(exclude_categories=["Cs"]))
+WHOLE = some.integers(-(2**70), 2**70)
+PATHS = some.builds(Path, TEXT.filter(lambda text: "\0" not in text))
+ZONES = some.none() | some.timedeltas(timedelta(hours=-23), timedelta(hours=23)).map(timezone)
+TIMES = some.datetimes(timezones=some.none() | some.just(UTC)) | some.builds(
+    lambda time, zone: time.replace(tzinfo=zone), some.datetimes(), ZONES
+)
+
+
+class Loss(enum.Enum):
+    SQUARED = "squared"
+    ABSOLUTE = 1
+
+
+DEFINED = "class Loss(enum.Enum):\n    SQUARED = 'squared'\n    ABSOLUTE = 1\n"
+LOSSES = some.sampled_from(Loss)
+TYPES: list[tuple[str, some.SearchStrategy[Any]]] = [
+    ("int", WHOLE),
+    ("float", some.floats()),
+    ("bool", some.booleans()),
+    ("str", TEXT),
+    ("date", some.dates()),
+    ("datetime", TIMES),
+    ("Path", PATHS),
+    ("Loss", LOSSES),
+    ("Literal['a', 2, None]", some.sampled_from(["a", 2])),
+    ("Annotated[float, Field(gt=0, le=1)]", some.floats(0, 1, exclude_min=True)),
+    ("list[int]", some.lists(WHOLE)),
+    ("list[float]", some.lists(some.floats())),
+    ("list[str]", some.lists(TEXT)),
+    ("list[date | None]", some.lists(some.dates() | some.none())),
+    ("list[list[Path]]", some.lists(some.lists(PATHS))),
+    ("dict[str, datetime]", some.dictionaries(TEXT, TIMES)),
+    ("dict[int, list[Loss]]", some.dictionaries(WHOLE, some.lists(LOSSES))),
+    ("dict[date, Path | None]", some.dictionaries(some.dates(), PATHS | some.none())),
+    ("int | float | None", WHOLE | some.floats() | some.none()),
+    ("date | datetime", some.dates() | TIMES),
+    ("Loss | None", LOSSES | some.none()),
+    ("Annotated[int, Ge(0)] | None", some.integers(0) | some.none()),
+]
+PARAMETERS = {source: parameters(f"{DEFINED}x: {source}") for source, _ in TYPES}
+ANY = some.sampled_from(TYPES).flatmap(lambda pair: some.tuples(some.just(pair[0]), pair[1]))
+OFTEN = settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def exactly(value: Any) -> Any:
+    """What tells two values apart that Python may call equal: types, zones, the sign of a zero, NaN."""
+    if isinstance(value, enum.Enum):
+        return "Loss", value.name
+    if isinstance(value, list):
+        return [exactly(each) for each in value]
+    if isinstance(value, dict):
+        return [(exactly(key), exactly(each)) for key, each in value.items()]
+    return type(value), repr(value), value.utcoffset() if isinstance(value, datetime) else None
+
+
+def arrived(values: dict[str, Any]) -> Any:
+    """What a kernel that has imported nothing but enum gets for `x`."""
+    space: dict[str, Any] = {"enum": enum}
+    exec(DEFINED + injected_cell(values), space)
+    assert set(space) <= {"enum", "__builtins__", "Loss", "_datetime", "_pathlib", "x"}
+    return space["x"]
+
+
+def as_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return [as_json(each) for each in value]
+    if isinstance(value, dict):
+        return {str(as_json(key)): as_json(each) for key, each in value.items()}
+    if isinstance(value, enum.Enum):
+        return value.name
+    return str(value) if isinstance(value, Path) else value.isoformat() if isinstance(value, date) else value
+
+
+def as_text(value: Any) -> str:
+    """`value` as one writes it on a command line."""
+    return json.dumps(as_json(value)) if isinstance(value, list | dict | NoneType) else str(as_json(value))
+
+
+def as_yaml(value: Any) -> Any:
+    """`value` in YAML's own types: dates and numbers are such there, the others texts."""
+    if isinstance(value, list):
+        return [as_yaml(each) for each in value]
+    if isinstance(value, dict):
+        return {as_yaml(key): as_yaml(each) for key, each in value.items()}
+    return as_json(value) if isinstance(value, Path | enum.Enum | datetime) else value
+
+
+def unfolded(value: Any) -> Any:
+    """`value` without what ISO 8601 has no sign for: which of two equal times by the clock is meant."""
+    if isinstance(value, list):
+        return [unfolded(each) for each in value]
+    if isinstance(value, dict):
+        return {key: unfolded(each) for key, each in value.items()}
+    return value.replace(fold=0) if isinstance(value, datetime) else value
+
+
+@OFTEN
+@given(ANY)
+@example(("datetime", datetime(2026, 10, 25, 2, 30, fold=1)))
+@example(("float", -0.0))
+def test_any_value_arrives_from_python(pair: tuple[str, Any]) -> None:
+    source, value = pair
+    checked = check_values(PARAMETERS[source], {"x": value})
+    assert exactly(arrived(checked)) == exactly(value)
+
+
+@OFTEN
+@given(ANY)
+def test_any_value_arrives_from_a_command_line(pair: tuple[str, Any]) -> None:
+    source, value = pair
+    checked = parse_texts(PARAMETERS[source], {"x": as_text(value)})
+    assert exactly(arrived(checked)) == exactly(unfolded(value))
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("values") / "params.yaml"
+
+
+@OFTEN
+@given(pair=ANY)
+def test_any_value_arrives_from_yaml(pair: tuple[str, Any], file: Path) -> None:
+    source, value = pair
+    for grid in (False, True):
+        document = {"x": [as_yaml(value)] if grid else as_yaml(value)}
+        file.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+        read = read_file(file, PARAMETERS[source], grid=grid)["x"]
+        assert exactly(arrived({"x": read[0] if grid else read})) == exactly(unfolded(value))
+
+
+@OFTEN
+@given(ANY)
+def test_what_the_record_says_can_be_given_again(pair: tuple[str, Any]) -> None:
+    source, value = pair
+    recorded = effective_values(PARAMETERS[source], check_values(PARAMETERS[source], {"x": value}))
+    again = check_values(PARAMETERS[source], json.loads(json.dumps(recorded, allow_nan=False)))
+    assert exactly(again["x"]) == exactly(unfolded(value))
+
+
+OF_ALL_TYPES = f"""
+import datetime, enum
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Literal
+from pydantic import Field
+{DEFINED}
+a: int = 1  # a count
+b: float = 0.5
+c: bool = False
+d: str = ""
+e: date = date(2026, 1, 1)
+f: datetime.datetime | None = None
+g: Path = Path("data")
+h: Loss = Loss.SQUARED
+i: Annotated[float, Field(gt=0, le=1)] = 1.0  # a share of 100%
+j: Literal["gini", "entropy"] = "gini"
+k: list[date] = []
+l: dict[str, float | None] = dict()
+m_n = 0.1
+"""
+GIVEN = {
+    "a": "-7",
+    "b": "nan",
+    "c": "yes",
+    "d": "00123",
+    "e": "2026-01-31",
+    "f": "2026-01-31T09:30:00+01:00",
+    "g": "a 'b'/\"c\"",
+    "h": "ABSOLUTE",
+    "i": "0.25",
+    "j": "entropy",
+    "k": "2026-02-28,2026-03-31",
+    "l": '{"x": 1, "y": null, "z": -Infinity}',
+    "m-n": "1e-3",
+}
+ARRIVED = [
+    "-7", "nan", "True", "'00123'", "datetime.date(2026, 1, 31)",
+    "datetime.datetime(2026, 1, 31, 9, 30, tzinfo=datetime.timezone(datetime.timedelta(seconds=3600)))",
+    "PosixPath('a \\'b\\'/\"c\"')", "<Loss.ABSOLUTE: 1>", "0.25", "'entropy'",
+    "[datetime.date(2026, 2, 28), datetime.date(2026, 3, 31)]", "{'x': 1.0, 'y': None, 'z': -inf}", "0.001",
+]  # fmt: skip
+
+
+def test_a_value_of_every_type_arrives_in_a_kernel(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ", ".join([*"abcdefghijkl", "m_n"])
+    send = f"import json\nprint(json.dumps([repr(each) for each in [{names}]]))"
+    notebook = write_notebook(project / "nbs" / "echo.ipynb", OF_ALL_TYPES, send)
+    options = [f"--{name}={value}" for name, value in GIVEN.items()]
+    assert main(["run", str(notebook), *options, "--json"]) == 0
+    finished = json.loads(capsys.readouterr().out)
+    executed = json.loads(Path(finished["path"]).read_text())
+    assert json.loads("".join(executed["cells"][-1]["outputs"][0]["text"])) == ARRIVED
+    assert executed["cells"][1]["metadata"]["tags"] == ["injected-parameters"]
+    assert finished["params"]["e"] == "2026-01-31" and finished["params"]["b"] == "nan"
+    assert executed["metadata"]["papermill"]["parameters"] == finished["params"]
+
+
+def test_help_shows_the_parameters(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    notebook = write_notebook(project / "nbs" / "echo.ipynb", OF_ALL_TYPES + "day = date.today()\njobs = 2\n")
+    for verb in ("run", "sweep"):
+        with pytest.raises(SystemExit):
+            main([verb, str(notebook), "--help"])
+        told = " ".join(capsys.readouterr().out.split())
+        assert "--a VALUE a count (int; default: 1)" in told and "--m-n VALUE" in told
+        assert "a share of 100% (Annotated[float, Field(gt=0, le=1)]; default: 1.0)" in told
+        assert "--day VALUE Any; computed: date.today()" in told
+    with pytest.raises(SystemExit):
+        main(["run", str(notebook), "--da", "1"])
+    assert main(["params", str(notebook)]) == 0
+    assert "computed: date.today()" in capsys.readouterr().out
+
+
+def test_a_sweep_over_a_file(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cell = "from datetime import date\nday: date = date(2026, 1, 1)\nname: str = ''"
+    notebook = write_notebook(project / "nbs" / "echo.ipynb", cell, "print(repr(day), name)")
+    (project / "grid.yaml").write_text("day: [2026-02-01, 2026-03-01]\nname: [x, y]\n")
+    assert main(["sweep", str(notebook), "-f", "grid.yaml", "--name", "007", "--json"]) == 0
+    made = [run["params"] for run in json.loads(capsys.readouterr().out)["runs"]]
+    assert made == [{"day": "2026-02-01", "name": "007"}, {"day": "2026-03-01", "name": "007"}]
+
+
+def test_a_notebook_of_another_language_is_left_to_papermill(project: Path) -> None:
+    language = {"kernelspec": {"name": "ir", "language": "R"}}
+    notebook = write_notebook(project / "nbs" / "r.ipynb", "x = 1", **language)
+    source = open_source(notebook)
+    assert len(inject(fresh_notebook(source, {}), {"x": 2})["cells"]) == 1
+
+
+SECRET = "p&ss'w\"örd <+/ 4711"
+SPILL = """
+import base64, json, logging, os, subprocess, sys, time, urllib.parse, nbprod
+from IPython.display import HTML, JSON, display
+from pydantic import SecretStr
+value = password.get_secret_value()
+assert value == os.environ["DB_PASSWORD"] and value not in repr(password)
+print(value, repr(value), json.dumps(value), json.dumps(value, ensure_ascii=False))
+print(value, file=sys.stderr)
+logging.warning(value)
+os.write(1, value.encode())
+os.write(2, value.encode())
+subprocess.run(["printenv", "DB_PASSWORD"])
+for letter in value:
+    print(letter, end="", flush=True)
+    time.sleep(0.01)
+display(HTML(f"<b>{value}</b>"), JSON({value: [value]}), value, urllib.parse.quote(value))
+print(urllib.parse.quote_plus(value), base64.b64encode(value.encode()).decode(), token.get_secret_value())
+nbprod.log_metrics(**{value: 1.0})
+"""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_secret_is_in_anything_that_a_run_wrote(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fails: bool
+) -> None:
+    monkeypatch.setenv("DB_PASSWORD", SECRET)
+    monkeypatch.setenv("TOKEN", "t0ken-of-the-default")
+    cell = (
+        "import os\nfrom pydantic import SecretStr\npassword: SecretStr | None = None\n"
+        "token: SecretStr = SecretStr(os.environ['TOKEN'])"
+    )
+    last = "raise ValueError(value)" if fails else "value"
+    notebook = write_notebook(project / "nbs" / "secret.ipynb", cell, SPILL, last)
+    assert main(["run", str(notebook), "-p", "password=env:DB_PASSWORD", "--json"]) == (1 if fails else 0)
+    said = "".join(capfd.readouterr())
+    written = {path: path.read_bytes() for path in project.rglob("*") if path.is_file()}
+    executed = next(text for path, text in written.items() if path.name == "notebook.ipynb")
+    assert executed.count(b"**********") > 15 and b"env:DB_PASSWORD" in executed
+    shown = [SECRET, repr(SECRET)[1:-1], json.dumps(SECRET)[1:-1], html.escape(SECRET), "t0ken", "w\\u00f6rd"]
+    shown += [json.dumps(text, ensure_ascii=False)[1:-1] for text in shown]
+    shown += [quote(SECRET), quote_plus(SECRET), b64encode(SECRET.encode()).decode(), "ss'w", "4711"]
+    for text in shown:
+        assert text not in said
+        assert [str(path) for path, content in written.items() if text.encode() in content] == []
+
+
+def test_a_secret_is_given_by_name_only(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell = "from pydantic import SecretStr\npassword: SecretStr | None = None"
+    notebook = write_notebook(project / "nbs" / "secret.ipynb", cell)
+    monkeypatch.setenv("SHORT", "1234")
+    for value, said in (("hunter2", "env:NAME"), ("env:UNSET_ONE", "UNSET_ONE"), ("env:SHORT", "too few")):
+        assert main(["run", str(notebook), "-p", f"password={value}"]) == 2
+        told = capsys.readouterr().err
+        assert said in told and "hunter2" not in told
+        with pytest.raises(ParameterError) as error:
+            run(notebook, password=value)
+        assert "hunter2" not in "".join(traceback.format_exception(error.value, limit=0))
+    assert not (project / ".nbprod").exists()

@@ -22,17 +22,20 @@ from typing import Any
 from ..errors import CellError, RunError, UsageError
 from .lineage import lineage
 from .notebook import parse_notebook, read_content
-from .parameters import Parameter, check_values, effective_values, notebook_parameters
+from nbprod.experiment.parameters import (
+    TAG, Parameter, check_values, effective_values, injected_cell, notebook_parameters, secret_variables
+)  # fmt: skip
 from .progress import Listener, cell_progress
 from .recording import METADATA_KEY, NOTEBOOK_NAME, read_record, write_notebook
 from .runs import INTERRUPTED, STAGED, Run, close_record, run_from_record
+from .values import plain
 from .supervision import CANCELLED, Worker, close, follow
 from ..files import hold
 from ..settings import Settings, find_project, load_settings
 
 # %% auto #0
-__all__ = ['LEFTOVERS', 'LOG_NAME', 'Source', 'open_source', 'storing', 'new_id', 'make_folder', 'fresh_notebook', 'first_record',
-           'settle', 'on_success', 'announce', 'execute', 'run_failure', 'run']
+__all__ = ['LEFTOVERS', 'LOG_NAME', 'Source', 'open_source', 'storing', 'new_id', 'make_folder', 'fresh_notebook', 'inject',
+           'first_record', 'settle', 'on_success', 'announce', 'execute', 'run_failure', 'run']
 
 # %% ../../nbs/experiment/execution.ipynb #b04c1d90
 @dataclass(frozen=True)
@@ -113,6 +116,35 @@ def fresh_notebook(source: Source, record: Mapping[str, Any]) -> dict[str, Any]:
     metadata = notebook.get("metadata") or {}
     metadata.pop("papermill", None)
     return notebook | {"cells": cells, "metadata": metadata | {METADATA_KEY: dict(record)}}
+
+# %% ../../nbs/experiment/execution.ipynb #a18aa9e7
+def _language(notebook: Mapping[str, Any]) -> str:
+    """The language of a notebook; Python where it does not say."""
+    metadata = notebook.get("metadata") or {}
+    kernel, info = metadata.get("kernelspec") or {}, metadata.get("language_info") or {}
+    return str(info.get("name") or kernel.get("language") or "python")
+
+
+def inject(notebook: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`notebook` with a cell that assigns `values` below its parameters cell."""
+    if not values or _language(notebook) != "python":
+        return notebook
+    cells = notebook["cells"]
+    after = [
+        index + 1
+        for index, cell in enumerate(cells)
+        if cell.get("cell_type") == "code" and TAG in _tags(cell)
+    ]
+    cell: dict[str, Any] = {
+        "cell_type": "code",
+        "execution_count": None,
+        "metadata": {"tags": ["injected-parameters"]},
+        "outputs": [],
+        "source": injected_cell(values),
+    }
+    if (notebook.get("nbformat", 4), notebook.get("nbformat_minor", 0)) >= (4, 5):
+        cell["id"] = secrets.token_hex(4)
+    return notebook | {"cells": [*cells[: after[0]], cell, *cells[after[0] :]]}
 
 # %% ../../nbs/experiment/execution.ipynb #665891a9
 def first_record(
@@ -204,17 +236,20 @@ def announce(run: Run, settings: Settings) -> None:
 # %% ../../nbs/experiment/execution.ipynb #9c18111e
 def _task(source: Source, values: Mapping[str, Any], folder: Path, scratch: str) -> dict[str, Any]:
     """What a worker has to know."""
-    metadata = parse_notebook(source.content, source.path).get("metadata") or {}
-    kernel, info = metadata.get("kernelspec") or {}, metadata.get("language_info") or {}
+    notebook = parse_notebook(source.content, source.path)
+    kernel, language = (notebook.get("metadata") or {}).get("kernelspec") or {}, _language(notebook)
+    given = {name: plain(value) for name, value in values.items()}
     return {
         "folder": str(folder),
         "root": str(source.settings.root),
         "source": source.name,
         "working_folder": str(source.path.parent),
         "scratch": scratch,
-        "values": dict(values),
+        "parameters": given,
+        "secrets": secret_variables(source.parameters, values),
+        "values": {} if language == "python" else given,
         "kernel": kernel.get("name") or "python3",
-        "language": info.get("name") or kernel.get("language") or "python",
+        "language": language,
     }
 
 # %% ../../nbs/experiment/execution.ipynb #d9dcdfcc
@@ -237,7 +272,8 @@ def execute(
     path, lock = folder / NOTEBOOK_NAME, hold(folder)
     try:
         with storing(path):
-            write_notebook(path, fresh_notebook(source, first_record(source, values, folder, sweep)))
+            fresh = fresh_notebook(source, first_record(source, values, folder, sweep))
+            write_notebook(path, inject(fresh, values))
         with tempfile.TemporaryDirectory(prefix="nbprod-", ignore_cleanup_errors=True) as scratch:
             task = _task(source, values, folder, scratch) | {"threads": threads}
             with storing(folder / LOG_NAME):

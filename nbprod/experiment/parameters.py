@@ -6,67 +6,24 @@
 from __future__ import annotations
 
 import ast
-import contextlib
-import json
-import math
+import os
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 from ..errors import ParameterError, did_you_mean
 from .notebook import Assignment, assignments, parse_notebook, read_content, tagged_source
+from .parameter_types import PLAIN, Enums, enums_in, literal, type_of
+from .redaction import check_secret, secrets_in, Secret
+from .values import adapt, cell_source, native, plain, read_text, strictly, writable
 
 # %% auto #0
-__all__ = ['PLAIN', 'TAG', 'TRUTH', 'Parameter', 'travels', 'notebook_parameters', 'read_parameters', 'check_values',
-           'effective_values', 'parse_texts']
+__all__ = ['TAG', 'UNKNOWN', 'BROKEN', 'Parameter', 'notebook_parameters', 'read_parameters', 'check_value', 'known_parameter',
+           'check_values', 'effective_values', 'injected_cell', 'secret_variables', 'parse_texts']
 
 # %% ../../nbs/experiment/parameters.ipynb #5678382f
-PLAIN: dict[str, Any] = {
-    "int": int, "float": float, "bool": bool, "str": str, "Any": Any,
-    "list": list[Any], "List": list[Any], "dict": dict[str, Any], "Dict": dict[str, Any],
-}  # fmt: skip
-
-
-def _name(node: ast.expr) -> str:
-    """The last part of a dotted name; empty for other expressions."""
-    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
-
-# %% ../../nbs/experiment/parameters.ipynb #624af737
-def _generic(name: str, inside: Sequence[ast.expr]) -> Any:
-    """The type `name[inside]`. Raises `LookupError` for one that values cannot be given for."""
-    if name == "Literal":
-        choices = tuple(ast.literal_eval(choice) for choice in inside)
-        if all(choice is None or isinstance(choice, str | int) for choice in choices):
-            return Literal[choices]
-    match name.lower(), [_type_of(node) for node in inside]:
-        case "optional", [one]:
-            return Union[one, None]  # noqa: UP007
-        case "union", types:
-            return Union[tuple(types)]  # noqa: UP007
-        case "list", [one]:
-            return list[one]  # type: ignore[valid-type]
-        case "dict", [key, one] if key is str:
-            return dict[str, one]  # type: ignore[valid-type]
-    raise LookupError(name)
-
-
-def _type_of(node: ast.expr) -> Any:
-    """The type that an annotation names. Raises `LookupError` for one that values cannot be given for."""
-    match node:
-        case ast.Constant(value=None):
-            return NoneType
-        case ast.Constant(value=str(text)):
-            return _type_of(ast.parse(text, mode="eval").body)
-        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            return Union[_type_of(left), _type_of(right)]  # noqa: UP007
-        case ast.Subscript(value=container, slice=inside):
-            return _generic(_name(container), inside.elts if isinstance(inside, ast.Tuple) else [inside])
-    return PLAIN[_name(node)]
-
-# %% ../../nbs/experiment/parameters.ipynb #9e019f30
 @dataclass(frozen=True)
 class Parameter:
     """One assignment of a parameters cell.
@@ -83,48 +40,66 @@ class Parameter:
     required: bool = False
     annotated: bool = True
     python_type: Any = field(default=None, repr=False, compare=False)
+    mentions: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """Name, type, default and help, as JSON can hold them."""
-        return {"name": self.name, "type": self.type, "default": self.default, "help": self.help}
-
-# %% ../../nbs/experiment/parameters.ipynb #f8766985
-def travels(value: Any) -> bool:
-    """Whether JSON, as UTF-8, gives `value` back unchanged."""
-    try:
-        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
-        return bool(text.encode() and json.loads(text) == value)
-    except (TypeError, ValueError, RecursionError):
-        return False
+        """Name, type, default, help, and whether it is computed or required, as JSON can hold them."""
+        told = {"name": self.name, "type": self.type, "default": plain(self.default), "help": self.help}
+        return told | {"computed": self.computed, "required": self.required}
 
 # %% ../../nbs/experiment/parameters.ipynb #a5e0b03d
 TAG = "parameters"
 
 
-def _default(value: ast.expr | None) -> tuple[Any, bool]:
+def _members(enums: Enums, name: str) -> list[str]:
+    """The members of the Enum of that name; none if there is no such Enum."""
+    return list(enums[name].__members__) if name in enums else []
+
+
+def _default(value: ast.expr | None, enums: Enums) -> tuple[Any, bool]:
     """A default's value, or its source text and True if only the notebook can compute it."""
     if value is None:
         return None, False
+    match value:
+        case ast.Attribute(value=ast.Name(id=name), attr=member) if member in _members(enums, name):
+            return enums[name][member], False
     try:
-        literal = ast.literal_eval(value)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        written = literal(value)
+    except ValueError:
         return ast.unparse(value), True
-    return (literal, False) if travels(literal) else (ast.unparse(value), True)
+    return (written, False) if writable(written) else (ast.unparse(value), True)
 
 # %% ../../nbs/experiment/parameters.ipynb #e0842a8e
-def _parameter(assignment: Assignment) -> Parameter:
+def _declared(annotation: ast.expr, enums: Enums) -> Any:
+    """The type that an annotation declares; None if no value can be given for it."""
+    try:
+        return type_of(annotation, enums)
+    except (LookupError, ValueError, SyntaxError, TypeError, RecursionError):
+        return None
+
+
+def _implied(default: Any, computed: bool) -> str:
+    """The name of the type that a default without annotation implies."""
+    name = "Any" if computed or default is None else type(default).__name__
+    return "Path" if isinstance(default, Path) else name
+
+# %% ../../nbs/experiment/parameters.ipynb #c480a3fc
+def _mentions(value: ast.expr | None) -> frozenset[str]:
+    """The texts in a default, among them the environment variable that a secret is read from."""
+    nodes = ast.walk(value) if value is not None else ()
+    return frozenset(n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str))
+
+
+def _parameter(assignment: Assignment, enums: Enums) -> Parameter:
     """The parameter that an assignment makes."""
     annotation = assignment.annotation
-    default, computed = _default(assignment.value)
+    default, computed = _default(assignment.value, enums)
     if annotation is None:
-        text = "Any" if computed or default is None else type(default).__name__
-        python_type = PLAIN[text]
+        text = _implied(default, computed)
+        python_type = PLAIN.get(text) or enums.get(text)
     else:
         text = str(annotation.value) if isinstance(annotation, ast.Constant) else ast.unparse(annotation)
-        try:
-            python_type = _type_of(annotation)
-        except (LookupError, ValueError, SyntaxError, TypeError):
-            python_type = None
+        python_type = _declared(annotation, enums)
     return Parameter(
         name=assignment.name,
         type=text,
@@ -134,14 +109,29 @@ def _parameter(assignment: Assignment) -> Parameter:
         required=assignment.value is None,
         annotated=annotation is not None,
         python_type=python_type,
+        mentions=_mentions(assignment.value) if "SecretStr" in text else frozenset(),
     )
+
+# %% ../../nbs/experiment/parameters.ipynb #0472c61f
+def _enums(notebook: Mapping[str, Any]) -> Enums:
+    """The Enums that the code cells down to the parameters cell define, by name."""
+    found: dict[str, Any] = {}
+    for cell in notebook["cells"]:
+        if cell.get("cell_type") == "code":
+            source = cell.get("source", "")
+            found |= enums_in(source if isinstance(source, str) else "".join(source))
+            if TAG in ((cell.get("metadata") or {}).get("tags") or ()):
+                break
+    return found
 
 
 def notebook_parameters(notebook: Mapping[str, Any], origin: Path) -> list[Parameter]:
     """The parameters of a notebook that was read already; none if no cell is tagged `parameters`."""
     source = tagged_source(notebook, TAG)
-    found = assignments(source, origin) if source is not None else []
-    return list({assignment.name: _parameter(assignment) for assignment in found}.values())
+    if source is None:
+        return []
+    enums = _enums(notebook)
+    return list({each.name: _parameter(each, enums) for each in assignments(source, origin)}.values())
 
 
 def read_parameters(notebook: Path) -> list[Parameter]:
@@ -154,52 +144,62 @@ def read_parameters(notebook: Path) -> list[Parameter]:
     return notebook_parameters(parse_notebook(read_content(path), path), path)
 
 # %% ../../nbs/experiment/parameters.ipynb #1415b015
-def _plain(value: Any) -> Any:
-    """numpy's numbers and arrays, and tuples, as plain Python values."""
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value
-
-# %% ../../nbs/experiment/parameters.ipynb #fd562e4f
 def _refusal(parameter: Parameter, value: Any, place: str = "") -> str:
     """The sentence that refuses `value`; `place` is the index of the wrong item in a list."""
+    if "SecretStr" in parameter.type:
+        return f"Parameter {parameter.name} is a secret: name an environment variable, as env:NAME."
     try:
         shown = reprlib.repr(value)
     except ValueError:  # an int with more digits than Python prints
         shown = f"this {type(value).__name__}"
     message = f"Parameter {parameter.name} must be {parameter.type}, not {shown}{place}."
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{message} Infinity and NaN cannot be given."
     if isinstance(value, float) and parameter.python_type is int and not parameter.annotated:
         return f"{message} To allow it, write `{parameter.name}: float = {parameter.default!r}` in the cell."
     return message
 
-# %% ../../nbs/experiment/parameters.ipynb #72827daa
-def _check(parameter: Parameter, value: Any) -> Any:
-    """`value` as `parameter` takes it, or `ParameterError`."""
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
+# %% ../../nbs/experiment/parameters.ipynb #fd562e4f
+UNKNOWN = (
+    "which cannot be read from the cell alone, so no value can be given: int, float, bool, str, date, "
+    "datetime, Path, list, dict, Literal, an Enum that the notebook defines, Annotated with bounds, and "
+    "unions can."
+)
 
+
+BROKEN = ("greater_than", "less_than", "multiple_of", "too_short", "too_long", "pattern_mismatch")
+
+
+def _reason(error: Exception) -> str:
+    """What pydantic adds to a refusal: the place in a list, and the bound that is broken."""
+    if not hasattr(error, "errors"):
+        return ""
+    first = error.errors(include_url=False)[0]
+    place = "".join(f"[{part}]" for part in first["loc"] if isinstance(part, int))
+    bound = first["msg"] if any(word in first["type"] for word in BROKEN) else ""
+    told = ": ".join(filter(None, [place and f"wrong at {place}", bound]))
+    return f" ({told})" if told else ""
+
+
+def _cause(parameter: Parameter, error: Exception) -> Exception | None:
+    """The error behind a refusal; None for a secret, which that error might show."""
+    return None if "SecretStr" in parameter.type else error
+
+
+def check_value(parameter: Parameter, value: Any) -> Any:
+    """`value` as `parameter` takes it, or `ParameterError`."""
     if parameter.python_type is None:
-        raise ParameterError(
-            f"Parameter {parameter.name} is {parameter.type}, for which no value can be given yet: int, "
-            "float, bool, str, list, dict, Literal and their unions with None can."
-        )
-    adapter = TypeAdapter(parameter.python_type, config=ConfigDict(strict=True, allow_inf_nan=False))
+        raise ParameterError(f"Parameter {parameter.name} is {parameter.type}, {UNKNOWN}")
     try:
-        checked = adapter.validate_python(_plain(value))
-    except ValidationError as error:
-        place = "".join(f"[{part}]" for part in error.errors()[0]["loc"] if isinstance(part, int))
-        raise ParameterError(_refusal(parameter, value, place and f" (wrong at {place})")) from error
-    if not travels(checked):
-        raise ParameterError(_refusal(parameter, value))
+        checked = strictly(adapt(native(value), parameter.python_type), parameter.python_type)
+    except (ValueError, RecursionError) as error:
+        raise ParameterError(_refusal(parameter, value, _reason(error))) from _cause(parameter, error)
+    for variable in sorted(secrets_in(checked)):
+        check_secret(Secret(variable))
+    if not writable(checked):
+        raise ParameterError(f"{_refusal(parameter, value)} It cannot be written into a cell.")
     return checked
 
 # %% ../../nbs/experiment/parameters.ipynb #b1445f6c
-def _known(parameters: Sequence[Parameter], name: str) -> Parameter:
+def known_parameter(parameters: Sequence[Parameter], name: str) -> Parameter:
     """The parameter of that name, or `ParameterError`."""
     names = [parameter.name for parameter in parameters]
     if name in names:
@@ -213,7 +213,9 @@ def check_values(parameters: Sequence[Parameter], values: Mapping[str, Any]) -> 
 
     Raises `ParameterError` for an unknown name, a value that does not fit, or a missing required value.
     """
-    checked = {name: _check(_known(parameters, name), value) for name, value in values.items()}
+    checked = {name: check_value(known_parameter(parameters, name), value) for name, value in values.items()}
+    for variable in {name for each in parameters for name in each.mentions if os.environ.get(name)}:
+        check_secret(Secret(variable))
     missing = [each.name for each in parameters if each.required and each.name not in values]
     if missing:
         raise ParameterError(f"Parameter {', '.join(missing)} has no default: give a value.")
@@ -221,52 +223,30 @@ def check_values(parameters: Sequence[Parameter], values: Mapping[str, Any]) -> 
 
 # %% ../../nbs/experiment/parameters.ipynb #eea1cfe0
 def effective_values(parameters: Sequence[Parameter], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults and checked `values`, in the order of the cell; computed defaults are left out."""
+    """Defaults and checked `values` as the record has them; computed defaults are left out."""
     defaults = {p.name: p.default for p in parameters if not (p.computed or p.required)}
-    return {p.name: (defaults | dict(values))[p.name] for p in parameters if p.name in {*defaults, *values}}
+    known = defaults | dict(values)
+    return {p.name: plain(known[p.name]) for p in parameters if p.name in known}
 
 # %% ../../nbs/experiment/parameters.ipynb #792d07df
-def _words(text: str) -> list[str]:
-    """The parts of `text` between commas, without the spaces around them; none in an empty text."""
-    return [word.strip() for word in text.split(",")] if text.strip() else []
+def injected_cell(values: Mapping[str, Any]) -> str:
+    """The source of a cell that assigns checked `values`."""
+    return cell_source(dict(values))
+
+# %% ../../nbs/experiment/parameters.ipynb #c01d2cb0
+def secret_variables(parameters: Sequence[Parameter], values: Mapping[str, Any]) -> list[str]:
+    """The environment variables with a run's secrets."""
+    mentioned = frozenset[str]().union(*(each.mentions for each in parameters))
+    return sorted(mentioned | secrets_in(dict(values)))
 
 # %% ../../nbs/experiment/parameters.ipynb #b2606e8b
-TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-
-
-def _read_text(text: str, python_type: Any) -> Any:
-    """`text` read as `python_type`. Raises `ValueError` or `KeyError` if it cannot be."""
-    origin, inside = get_origin(python_type), get_args(python_type)
-    if origin is Literal:
-        return {str(choice): choice for choice in reversed(inside)}[text]
-    if origin in {Union, UnionType}:
-        return _any_of(text, sorted(inside, key=lambda option: (option is not NoneType, option is str)))
-    if origin is list and not text.startswith("["):
-        return [_read_text(word, inside[0]) for word in _words(text)]
-    if origin in {list, dict}:
-        return json.loads(text)
-    if python_type is Any:
-        return _any_of(text, [dict[str, Any], str])
-    if python_type is NoneType:
-        return {"none": None, "null": None}[text.lower()]
-    return TRUTH[text.lower()] if python_type is bool else python_type(text)
-
-
-def _any_of(text: str, types: Iterable[Any]) -> Any:
-    """`text` read by the first of `types` that it fits."""
-    for python_type in types:
-        with contextlib.suppress(ValueError, KeyError):
-            return _read_text(text, python_type)
-    raise ValueError(text)
-
-# %% ../../nbs/experiment/parameters.ipynb #637e6299
 def _parse(parameter: Parameter, text: str) -> Any:
     """One text as a checked value of `parameter`."""
     try:
-        value = _read_text(text, parameter.python_type) if parameter.python_type is not None else text
+        value = read_text(text, parameter.python_type) if parameter.python_type is not None else text
     except (ValueError, KeyError, RecursionError) as error:
-        raise ParameterError(_refusal(parameter, text)) from error
-    return _check(parameter, value)
+        raise ParameterError(_refusal(parameter, text)) from _cause(parameter, error)
+    return check_value(parameter, value)
 
 
 def parse_texts(parameters: Sequence[Parameter], texts: Mapping[str, str]) -> dict[str, Any]:
@@ -274,4 +254,4 @@ def parse_texts(parameters: Sequence[Parameter], texts: Mapping[str, str]) -> di
 
     Raises `ParameterError` for an unknown name or a text that does not fit its type.
     """
-    return {name: _parse(_known(parameters, name), text) for name, text in texts.items()}
+    return {name: _parse(known_parameter(parameters, name), text) for name, text in texts.items()}

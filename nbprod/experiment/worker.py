@@ -12,16 +12,18 @@ import re
 import select
 import shutil
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from subprocess import DEVNULL
 from pathlib import Path
 from typing import Any
 
 from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 from nbclient.exceptions import DeadKernelError
-from nbformat import NotebookNode
+from nbformat import NotebookNode, from_dict
 from nbformat.v4 import writes_json
 from papermill import execute_notebook
 from papermill.clientwrap import PapermillNotebookClient
@@ -30,6 +32,7 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from .recording import METADATA_KEY, NOTEBOOK_NAME, collect
+from .redaction import forms, redacted, redacted_notebook
 from ..files import write_atomic
 
 # %% auto #0
@@ -104,7 +107,9 @@ class Execution:
     """The one run that this process executes. `report` sends an event to the parent."""
 
     def __init__(self, task: Mapping[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
-        self.task, self.report = task, report
+        self.task = task
+        self.hidden = forms(os.environ, task.get("secrets", ()))
+        self.report = lambda event: report(redacted(event, self.hidden))
         self.path = Path(task["folder"]) / NOTEBOOK_NAME
         self.notebook: NotebookNode | None = None
         self.position: int | None = None  # of the current cell, from 1
@@ -116,7 +121,10 @@ class Execution:
         """Write the notebook with what is known by now and `entries` in its record, whole or not at all."""
         assert self.notebook is not None
         self.notebook.metadata[METADATA_KEY] |= progress_entries(self.notebook) | entries
-        content = writes_json(self.notebook) + "\n"
+        notebook = self.notebook
+        if self.hidden:
+            notebook = from_dict(redacted_notebook(notebook, self.hidden))
+        content = writes_json(notebook) + "\n"
         write_atomic(self.path, content.encode(errors="backslashreplace"))
 
     def signal_kernel(self, number: signal.Signals) -> None:
@@ -144,6 +152,8 @@ class RunManager(NotebookExecutionManager):
         execution.notebook = notebook
         paths = {"input_path": execution.task["source"], "output_path": str(execution.path)}
         notebook.metadata.papermill.update(paths)
+        if "parameters" in execution.task:
+            notebook.metadata.papermill["parameters"] = execution.task["parameters"]
         notebook.metadata[METADATA_KEY]["pid"] = os.getpid()
         execution.report({"event": "cells", "total": len(notebook.cells)})
 
@@ -166,8 +176,10 @@ class RunClient(PapermillNotebookClient):
     """papermill's client, telling the `Execution` which process the kernel is."""
 
     def start_new_kernel(self, **options: Any) -> None:
-        super().start_new_kernel(**options)
         execution = self.nb_man.execution
+        if execution.hidden:  # what bypasses the notebook would go into the log as it is
+            options |= {"stdout": DEVNULL, "stderr": DEVNULL}
+        super().start_new_kernel(**options)
         execution.kernel = getattr(self.km.provisioner, "pid", None)
         execution.report({"event": "kernel", "pid": execution.kernel})
 
@@ -238,7 +250,7 @@ def execute(execution: Execution) -> None:
     except PapermillExecutionError as error:
         failure = cell_failure(error)
     except Exception as error:
-        traceback.print_exc()
+        print(redacted(traceback.format_exc(), execution.hidden), file=sys.stderr)
         failure = other_failure(error, execution.position)
     end(execution, failure)
 
