@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,9 +17,10 @@ __all__ = ['Argument', 'Command', 'VERBS', 'MODEL', 'NAME', 'NOTEBOOK', 'RUN', '
            'FILE', 'OPTION', 'RUN_COLUMNS', 'text', 'print_table', 'print_json', 'shown', 'split_assignments',
            'split_values', 'takes', 'verb', 'new_command', 'demo_command', 'lab_command', 'given_texts', 'typed_values',
            'option_help', 'add_options', 'params_command', 'print_run', 'run_command', 'varied', 'print_runs',
-           'sweep_command', 'runs_command', 'show_command', 'models_command', 'print_releases', 'promote_command',
-           'rollback_command', 'releases_command', 'build_command', 'serve_command', 'containerize_command',
-           'monitor_command', 'make_parser', 'join_sort', 'main']
+           'sweep_command', 'reproduce_command', 'runs_command', 'show_command', 'compare_command', 'index_command',
+           'models_command', 'print_releases', 'promote_command', 'rollback_command', 'releases_command',
+           'build_command', 'serve_command', 'containerize_command', 'monitor_command', 'make_parser', 'join_sort',
+           'main']
 
 # %% ../nbs/cli.ipynb #df3968bb
 def text(value: Any) -> str:
@@ -277,16 +279,18 @@ RUN_COLUMNS = ("id", "status", "notebook", "seconds", "params", "metrics")
 
 def varied(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """`rows` of runs, their `params` without those that are the same in all runs of a notebook."""
-    kept = []
+    counts: Counter[tuple[str, ...]] = Counter()
     for row in rows:
-        others = [each["params"] for each in rows if each["notebook"] == row["notebook"]]
-        news = {
-            name: value
-            for name, value in row["params"].items()
-            if any(other.get(name) != value for other in others)
-        }
-        kept.append(row | {"params": news})
-    return kept
+        counts[row["notebook"],] += 1
+        counts.update((row["notebook"], name, repr(value)) for name, value in row["params"].items())
+
+    def is_news(row: dict[str, Any], name: str) -> bool:
+        return counts[row["notebook"], name, repr(row["params"][name])] < counts[row["notebook"],]
+
+    return [
+        row | {"params": {name: value for name, value in row["params"].items() if is_news(row, name)}}
+        for row in rows
+    ]
 
 
 def print_runs(rows: Sequence[dict[str, Any]]) -> None:
@@ -309,14 +313,30 @@ def sweep_command(arguments: argparse.Namespace) -> None:
     if any(run.status != "succeeded" for run in runs):
         raise SystemExit(1)
 
+# %% ../nbs/cli.ipynb #39df22b1
+@verb(RUN, takes("--checkout", action="store_true", help="on the recorded commit and changes"), JSON)
+def reproduce_command(arguments: argparse.Namespace) -> None:
+    """Execute a run again from its lineage, and tell what matched."""
+    import nbprod
+
+    result = nbprod.reproduce(arguments.run, checkout=arguments.checkout)
+    print_json(result.as_dict()) if arguments.json else print(result)
+    if not result.matched:
+        raise SystemExit(1)
+
 # %% ../nbs/cli.ipynb #c54cd06b
-@verb(takes("--sort", help="a metric, parameter or column; -auc for descending"), JSON)
+@verb(
+    takes("--where", metavar="CONDITION", help='such as "params.depth > 4 and metrics.auc >= 0.7"'),
+    takes("--sort", help="a metric, parameter or column; -auc for descending"),
+    JSON,
+)
 def runs_command(arguments: argparse.Namespace) -> None:
     """The runs, newest first."""
     from nbprod.experiment.runs import runs
 
-    found = runs().sort(arguments.sort) if arguments.sort else runs()
-    rows = [run.as_dict() for run in found]
+    rows = [run.as_dict() for run in runs(arguments.where, arguments.sort)]
+    for row in rows:  # a listing would be long of the packages of each run; `show` has them
+        row["lineage"] = {name: value for name, value in row["lineage"].items() if name != "packages"}
     print_json(rows) if arguments.json else print_runs(rows)
 
 
@@ -326,6 +346,30 @@ def show_command(arguments: argparse.Namespace) -> None:
     from nbprod.experiment.runs import load_run
 
     print_run(load_run(arguments.run), arguments.json)
+
+# %% ../nbs/cli.ipynb #e5e4cc6f
+@verb(RUN, takes("other", help="id of the run to compare it with"), JSON)
+def compare_command(arguments: argparse.Namespace) -> None:
+    """What differs between two runs: parameters, metrics, code, data, environment, packages."""
+    from nbprod.experiment.differences import compare
+
+    differences = compare(arguments.run, arguments.other)
+    if arguments.json:
+        print_json(differences.as_dict())
+        return
+    columns = ["kind", "name", differences.left.id, differences.right.id]
+    print_table([dict(zip(columns, row, strict=True)) for row in differences.table()], columns)
+
+# %% ../nbs/cli.ipynb #e3225638
+@verb(takes("--rebuild", action="store_true", help="read every notebook again"), JSON)
+def index_command(arguments: argparse.Namespace) -> None:
+    """The cache of the runs' records, brought up to date."""
+    from nbprod.experiment.index import rebuild, records
+    from nbprod.settings import load_settings
+
+    settings = load_settings()
+    count = rebuild(settings) if arguments.rebuild else len(records(settings))
+    print_json({"runs": count}) if arguments.json else print(f"{count} runs in the index")
 
 # %% ../nbs/cli.ipynb #f3003f2a
 @verb(takes("name", nargs="?", help="name of a model (default: all)"), JSON)
