@@ -335,8 +335,6 @@ def runs_command(arguments: argparse.Namespace) -> None:
     from nbprod.experiment.runs import runs
 
     rows = [run.as_dict() for run in runs(arguments.where, arguments.sort)]
-    for row in rows:  # a listing would be long of the packages of each run; `show` has them
-        row["lineage"] = {name: value for name, value in row["lineage"].items() if name != "packages"}
     print_json(rows) if arguments.json else print_runs(rows)
 
 
