@@ -22,14 +22,13 @@ from typing import Any
 from ..errors import CellError, RunError, UsageError
 from .lineage import lineage
 from .notebook import parse_notebook, read_content
-from nbprod.experiment.parameters import (
-    TAG, Parameter, check_values, effective_values, injected_cell, notebook_parameters, secret_variables
-)  # fmt: skip
+from .parameters import TAG, Parameter, check_values, effective_values
+from .parameters import injected_cell, notebook_parameters, secret_variables
 from .progress import Listener, cell_progress
 from .recording import METADATA_KEY, NOTEBOOK_NAME, read_record, write_notebook
 from .runs import INTERRUPTED, STAGED, Run, close_record, run_from_record
-from .values import plain
 from .supervision import CANCELLED, Worker, close, follow
+from .values import plain
 from ..files import hold
 from ..settings import Settings, find_project, load_settings
 
