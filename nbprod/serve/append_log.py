@@ -174,6 +174,7 @@ def _written(streams: StreamFolder, table: Callable[[], pa.Table], rows: int) ->
     try:
         streams.write(table())
     except Exception:
+        # Anything may go wrong with a disk, and nobody but the writer's thread can tell.
         logger.exception("%s rows could not be logged in %s", rows, streams.folder)
         return False
     return True

@@ -203,6 +203,7 @@ def reason_of(log: bytes) -> str:
     return " ".join([*lines[first : first + 1], *rest])[:500] or "it printed nothing"
 
 # %% ../../nbs/serve/process.ipynb #00864da8
+# What BentoML logs when a worker could not start.
 _FAILED = re.compile(rb"Initializing service error|Application startup failed|Failed to load bento")
 
 

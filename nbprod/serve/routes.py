@@ -170,7 +170,7 @@ def last_response(send: Send) -> Send:
     return closing
 
 # %% ../../nbs/serve/routes.ipynb #96fc5c63
-THREADS = 4
+THREADS = 4  # that predict or wait for the interpreter
 
 # %% ../../nbs/serve/routes.ipynb #7c417966
 class Routes:
