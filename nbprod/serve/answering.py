@@ -21,15 +21,16 @@ from .prediction_log import FeedbackLog, PredictionLog
 from ..settings import Settings
 
 if TYPE_CHECKING:
+    import pandas as pd
     from prometheus_client import CollectorRegistry
 
 # %% auto #0
-__all__ = ['TOLERANCE', 'Parity', 'compare', 'Answerer']
+__all__ = ['TOLERANCE', 'Parity', 'compare', 'answer_rows', 'split_issued', 'Answerer']
 
 # %% ../../nbs/serve/answering.ipynb #e7ab72b0
 TOLERANCE = 1e-9
 
-
+# %% ../../nbs/serve/answering.ipynb #a2ba09d5
 def _difference(expected: Any, given: Any) -> float:
     """How far two answers are apart, relative to numbers larger than 1; infinite if not comparable."""
     missing = [value is None or value != value for value in (expected, given)]
@@ -67,17 +68,33 @@ def _flat(answers: Mapping[str, Any], rows: int) -> list[list[Any]]:
     return [[each, *row] for each, row in zip(predictions, probabilities or [[]] * rows, strict=True)]
 
 # %% ../../nbs/serve/answering.ipynb #259f3b09
+def _row_difference(expected: Sequence[Any], given: Sequence[Any]) -> float:
+    """The largest difference between the values of two flat rows; infinite if their lengths differ."""
+    if len(expected) != len(given):
+        return math.inf
+    return max(map(_difference, expected, given), default=math.inf)
+
+# %% ../../nbs/serve/answering.ipynb #cf1eb8f4
 def compare(examples: Mapping[str, Any], given: Mapping[str, Any]) -> Parity:
     """Compare an answer (predictions, probabilities) to what golden `examples` expect."""
     rows = len(examples["rows"])
-    expected = _flat(examples, rows)
-    answers = _flat(given, rows)
-    differences = [
-        max(map(_difference, *pair), default=math.inf) if len(pair[0]) == len(pair[1]) else math.inf
-        for pair in zip(expected, answers, strict=True)
-    ]
+    differences = list(map(_row_difference, _flat(examples, rows), _flat(given, rows)))
     wrong = tuple(row for row, difference in enumerate(differences) if difference > TOLERANCE)
     return Parity(rows, wrong, max(differences, default=0.0))
+
+# %% ../../nbs/serve/answering.ipynb #183210ed
+def answer_rows(model: Model, rows: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The checked frame of JSON rows; their predictions and, if there are any, probabilities."""
+    frame = model.contract.frame(rows)
+    given = answer(model.pipeline, frame)
+    probabilities = {} if given.probabilities is None else {"probabilities": given.probabilities}
+    return frame, {"predictions": given.predictions} | probabilities
+
+# %% ../../nbs/serve/answering.ipynb #9d43bfbc
+def split_issued(name: str, pairs: Sequence[tuple[str, Any]]) -> tuple[list[tuple[str, Any]], list[str]]:
+    """The (id, actual) pairs whose id the model `name` can have issued, and the ids of the others."""
+    issued = [pair for pair in pairs if is_issued(name, pair[0])]
+    return issued, [id for id, _ in pairs if not is_issued(name, id)]
 
 # %% ../../nbs/serve/answering.ipynb #b3c32145
 class Answerer:
@@ -87,20 +104,14 @@ class Answerer:
         folder = settings.predictions / model.name
         check_writable(folder)
         self.model, self.metrics = model, ServiceMetrics(model, registry)
-        self.parity = compare(model.examples, self._predict(model.examples["rows"])[1])
+        self.parity = compare(model.examples, answer_rows(model, model.examples["rows"])[1])
         self._log = PredictionLog(folder, model.tag, model.contract, self.metrics.bins, self.metrics.dropped)
         self._feedback_log = FeedbackLog(folder, self.metrics.dropped)
-
-    def _predict(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Any, dict[str, Any]]:
-        frame = self.model.contract.frame(rows)
-        given = answer(self.model.pipeline, frame)
-        probabilities = {} if given.probabilities is None else {"probabilities": given.probabilities}
-        return frame, {"predictions": given.predictions} | probabilities
 
     def predict(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Answer JSON rows: predictions, probabilities (of classifiers that have them), ids, model."""
         start = time.perf_counter()
-        frame, given = self._predict(rows)
+        frame, given = answer_rows(self.model, rows)
         ids = new_ids(self.model.name, len(rows))
         seconds = time.perf_counter() - start
         self._log.append(ids, frame, given["predictions"], given.get("probabilities"), seconds)
@@ -112,9 +123,7 @@ class Answerer:
 
         Raises `RequestError` 503 if they cannot be logged: an outcome that is lost would be told only once.
         """
-        pairs = outcomes(elements, self.model.classes)
-        unknown = [id for id, _ in pairs if not is_issued(self.model.name, id)]
-        known = [pair for pair in pairs if is_issued(self.model.name, pair[0])]
+        known, unknown = split_issued(self.model.name, outcomes(elements, self.model.classes))
         if not self._feedback_log.append(known):
             raise RequestError("Outcomes cannot be logged now; tell them again later.", 503, "closed")
         self.metrics.feedback(len(known))

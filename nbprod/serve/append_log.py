@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,9 @@ def check_writable(folder: Path) -> None:
             "Set NBPROD_STORE to a folder that can be written."
         ) from error
 
+# %% ../../nbs/serve/append_log.ipynb #4c744a65
+CAPACITY = 100_000
+
 # %% ../../nbs/serve/append_log.ipynb #b2d81aa5
 class Backlog:
     """Items that wait for the writer; `capacity` bounds the sum of their rows."""
@@ -158,7 +162,6 @@ class StreamFolder:
                 file.close()
 
 # %% ../../nbs/serve/append_log.ipynb #792e10b7
-CAPACITY = 100_000
 FLUSH_SECONDS = 0.1
 
 
@@ -166,6 +169,25 @@ def _ignore(_: Any) -> None:
     """The listener of who doesn't listen."""
 
 # %% ../../nbs/serve/append_log.ipynb #d6550539
+def _written(streams: StreamFolder, table: Callable[[], pa.Table], rows: int) -> bool:
+    """Write the table of `rows` rows that `table` makes; False if that failed, which is logged."""
+    try:
+        streams.write(table())
+    except Exception:
+        # Anything may go wrong with a disk, and nobody but the writer's thread can tell.
+        logger.exception("%s rows could not be logged in %s", rows, streams.folder)
+        return False
+    return True
+
+# %% ../../nbs/serve/append_log.ipynb #89879c28
+def _tell(listener: Callable[[list[Any]], None], items: list[Any], folder: Path) -> None:
+    """Call `listener` with `items` that were logged in `folder`; an error is logged."""
+    try:
+        listener(items)
+    except Exception:
+        logger.exception("Counting what was logged in %s failed", folder)
+
+# %% ../../nbs/serve/append_log.ipynb #9cff3b32
 class AppendLog:
     """A log that any thread appends to without waiting and one thread writes.
 
@@ -203,18 +225,8 @@ class AppendLog:
             items, rows = self._backlog.take(FLUSH_SECONDS)
             if not items:
                 break
-            self._handle(items, rows)
+            if not _written(self._streams, partial(self._to_table, items), rows):
+                self._on_dropped(rows)
+            _tell(self._listener, items, self._streams.folder)
             self._backlog.done(rows)
         self._streams.close()
-
-    def _handle(self, items: list[Any], rows: int) -> None:
-        try:
-            self._streams.write(self._to_table(items))
-        except Exception:
-            # Anything may go wrong with a disk, and nobody but this thread can tell.
-            logger.exception("%s rows could not be logged in %s", rows, self._streams.folder)
-            self._on_dropped(rows)
-        try:
-            self._listener(items)
-        except Exception:
-            logger.exception("Counting what was logged in %s failed", self._streams.folder)

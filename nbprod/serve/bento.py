@@ -41,10 +41,11 @@ from nbprod.serve.process import (
 from ..settings import Settings, bentoml_home, load_settings
 
 # %% auto #0
-__all__ = ['SERVING_PACKAGES', 'PARITY_FILE', 'imported_modules', 'requirements', 'copy_source', 'write_context', 'staging_home',
-           'run_bentoml_build', 'post', 'check_parity', 'BuiltBento', 'find_bento', 'publish', 'build', 'serve']
+__all__ = ['SERVING_PACKAGES', 'PARITY_FILE', 'imported_modules', 'requirements', 'copy_source', 'bentofile', 'write_context',
+           'staging_home', 'run_bentoml_build', 'post', 'check_parity', 'require_parity', 'BuiltBento', 'find_bento',
+           'publish', 'build', 'serve']
 
-# %% ../../nbs/serve/bento.ipynb #1dfac020
+# %% ../../nbs/serve/bento.ipynb #3a49a401
 SERVING_PACKAGES = (
     "numpy",
     "orjson",
@@ -57,7 +58,7 @@ SERVING_PACKAGES = (
     "skops",
 )
 
-
+# %% ../../nbs/serve/bento.ipynb #1dfac020
 def imported_modules(folder: Path) -> set[str]:
     """The top-level modules that the Python files below `folder` import by name, anywhere in their code."""
     found: set[str] = set()
@@ -103,6 +104,16 @@ def copy_source(target: Path) -> None:
         shutil.copytree(source, target, ignore=ignored)
 
 # %% ../../nbs/serve/bento.ipynb #c31a7ce9
+def bentofile(model: Model) -> dict[str, Any]:
+    """BentoML's build file for `model`, as JSON values."""
+    return {
+        "service": "service:service",
+        "name": model.name,
+        "labels": {"model": model.tag} | ({"run": model.run} if model.run else {}),
+        "python": {"packages": requirements(model.library_path), "lock_packages": False},
+    }
+
+# %% ../../nbs/serve/bento.ipynb #09c76737
 def write_context(model: Model, folder: Path) -> None:
     """Write everything that the Bento of `model` is built from into `folder`."""
     folder.mkdir()
@@ -115,14 +126,7 @@ def write_context(model: Model, folder: Path) -> None:
         from nbprod.serve.notebook_page import notebook_html
 
         (folder / "notebook.html").write_text(notebook_html(model.notebook, model.tag), encoding="utf-8")
-    packages = requirements(model.library_path)
-    bentofile = {
-        "service": "service:service",
-        "name": model.name,
-        "labels": {"model": model.tag} | ({"run": model.run} if model.run else {}),
-        "python": {"packages": packages, "lock_packages": False},
-    }
-    (folder / "bentofile.yaml").write_text(json.dumps(bentofile), encoding="utf-8")
+    (folder / "bentofile.yaml").write_text(json.dumps(bentofile(model)), encoding="utf-8")
 
 # %% ../../nbs/serve/bento.ipynb #6d6365f7
 @contextmanager
@@ -170,6 +174,15 @@ def check_parity(model: Model, home: Path, settings: Settings) -> Parity:
     with start_service(model.tag, home=home, settings=aside, environ=environ) as url:
         return compare(model.examples, post(f"{url}/predict", {"rows": model.examples["rows"]}))
 
+# %% ../../nbs/serve/bento.ipynb #d67ee332
+def require_parity(model: Model, parity: Parity) -> None:
+    """Raise `ServeError` unless the Bento of `model` answered every golden example as expected."""
+    if not parity.equal:
+        raise ServeError(
+            f"The Bento of {model} answers {len(parity.wrong)} of {parity.rows} golden examples wrongly "
+            f"(largest difference {parity.largest_difference:g}); it was not kept."
+        )
+
 # %% ../../nbs/serve/bento.ipynb #524c0b67
 PARITY_FILE = "parity.json"
 
@@ -215,11 +228,7 @@ def build(model: str, *, force: bool = False, settings: Settings | None = None) 
         write_context(found, staging / "context")
         staged = run_bentoml_build(found, staging / "context", staging)
         parity = check_parity(found, staging, settings)
-        if not parity.equal:
-            raise ServeError(
-                f"The Bento of {found} answers {len(parity.wrong)} of {parity.rows} golden examples wrongly "
-                f"(largest difference {parity.largest_difference:g}); it was not kept."
-            )
+        require_parity(found, parity)
         write_atomic(staged / PARITY_FILE, json.dumps(parity.as_dict()))
         publish(staged, bentoml_home() / "bentos" / found.name / found.version, staging / "replaced")
     return BuiltBento(found.tag, bentoml_home() / "bentos" / found.name / found.version, parity.as_dict())

@@ -5,9 +5,10 @@
 # %% ../../nbs/serve/counting.ipynb #59044726
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
+from ..model.baseline import Baseline
 from ..model.store import Model
 from .prediction_log import Entry, entry_frame
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Counter
 
 # %% auto #0
-__all__ = ['LABELS', 'HELP', 'ServiceMetrics']
+__all__ = ['LABELS', 'HELP', 'binned', 'ServiceMetrics']
 
 # %% ../../nbs/serve/counting.ipynb #9ccf90d0
 LABELS: dict[str, tuple[str, ...]] = {
@@ -27,6 +28,8 @@ LABELS: dict[str, tuple[str, ...]] = {
     "nbprod_rejected": ("model", "reason"),
     "nbprod_log_dropped": ("model",),
 }
+
+# %% ../../nbs/serve/counting.ipynb #078c3636
 HELP = {
     "nbprod_rows": "Rows answered",
     "nbprod_predictions": "Rows answered, by bin of the prediction in the training profile",
@@ -36,7 +39,7 @@ HELP = {
     "nbprod_log_dropped": "Rows and outcomes that could not be logged",
 }
 
-
+# %% ../../nbs/serve/counting.ipynb #c6bc10f8
 def _counters(registry: CollectorRegistry) -> dict[str, Counter]:
     """A Prometheus counter for each name; Prometheus appends `_total` to them."""
     from prometheus_client import Counter
@@ -54,6 +57,16 @@ def _announce(model: Model, registry: CollectorRegistry) -> None:
     )
     commit = (model.facts.get("lineage") or {}).get("commit")
     info.labels(model.tag, model.run or "", commit or "").set(1)
+
+# %% ../../nbs/serve/counting.ipynb #f00a2cde
+def binned(baseline: Baseline, entries: Sequence[Entry]) -> Iterator[tuple[str, tuple[str, ...], np.ndarray]]:
+    """What to count for `entries`: a counter's name, its labels before the bin, and rows by bin."""
+    frame = entry_frame(entries)
+    for column, histogram in baseline.features.items():
+        yield "nbprod_feature", (column,), histogram.count(frame[column])
+    for entry in entries:
+        values = baseline.prediction_values(entry.predictions, entry.probabilities)
+        yield "nbprod_predictions", (), baseline.prediction.count(values)
 
 # %% ../../nbs/serve/counting.ipynb #fd2ae54d
 class ServiceMetrics:
@@ -87,13 +100,6 @@ class ServiceMetrics:
 
     def bins(self, entries: Sequence[Entry]) -> None:
         """Count logged rows into the bins of the training profile; meant for the log's own thread."""
-        frame = entry_frame(entries)
-        for column, histogram in self._baseline.features.items():
-            self._add("nbprod_feature", (column,), histogram.count(frame[column]))
-        for entry in entries:
-            values = self._baseline.prediction_values(entry.predictions, entry.probabilities)
-            self._add("nbprod_predictions", (), self._baseline.prediction.count(values))
-
-    def _add(self, name: str, labels: tuple[Any, ...], counts: np.ndarray) -> None:
-        for index in counts.nonzero()[0]:
-            self._counters[name].labels(self._tag, *labels, str(index)).inc(int(counts[index]))
+        for name, labels, counts in binned(self._baseline, entries):
+            for index in counts.nonzero()[0]:
+                self._counters[name].labels(self._tag, *labels, str(index)).inc(int(counts[index]))

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ PROBES: dict[str, tuple[str, ...]] = {
     "nerdctl": ("version", "--format", "{{.Server.Version}}"),
 }
 
-
+# %% ../../nbs/serve/image.ipynb #ed7b523d
 def probe(engine: str) -> str | None:
     """None if `engine` works here; else what is wrong with it."""
     if shutil.which(engine) is None:
@@ -46,6 +47,15 @@ def probe(engine: str) -> str | None:
     return said[-1].strip() if said else f"exit status {done.returncode}"
 
 # %% ../../nbs/serve/image.ipynb #38b96639
+def _no_engine(wrong: Mapping[str, str]) -> ServeError:
+    """The error when no engine works; `wrong` says of each what is wrong with it."""
+    found = "; ".join(f"{name}: {problem}" for name, problem in wrong.items())
+    return ServeError(
+        f"No container engine works here ({found}). Install podman, or start the daemon of docker, "
+        "and try again. Without an engine, the Bento runs with `bentoml serve`."
+    )
+
+# %% ../../nbs/serve/image.ipynb #22c9b3b9
 def find_engine(engine: str | None = None) -> str:
     """The engine to use: `engine` if it works here, by default the first that does."""
     if engine is not None and engine not in PROBES:
@@ -56,11 +66,7 @@ def find_engine(engine: str | None = None) -> str:
         if problem is None:
             return name
         wrong[name] = problem
-    found = "; ".join(f"{name}: {problem}" for name, problem in wrong.items())
-    raise ServeError(
-        f"No container engine works here ({found}). Install podman, or start the daemon of docker, "
-        "and try again. Without an engine, the Bento runs with `bentoml serve`."
-    )
+    raise _no_engine(wrong)
 
 # %% ../../nbs/serve/image.ipynb #09271c49
 _NAME = r"[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*"
@@ -83,7 +89,7 @@ class Image:
     bytes: int
     layers: int
 
-
+# %% ../../nbs/serve/image.ipynb #6c180f72
 def inspect_image(engine: str, tag: str, digest: str) -> Image:
     """What `engine` knows about the image `tag`."""
     done = subprocess.run([engine, "image", "inspect", tag], capture_output=True, text=True)
@@ -92,7 +98,7 @@ def inspect_image(engine: str, tag: str, digest: str) -> Image:
     facts: dict[str, Any] = json.loads(done.stdout)[0]
     return Image(tag, digest, int(facts["Size"]), len(facts["RootFS"]["Layers"]))
 
-
+# %% ../../nbs/serve/image.ipynb #34e62ae6
 def _run(command: list[str]) -> bytes:
     """Run `command`, showing on stderr what it prints while it goes on; returns that."""
     # BentoML's own command line warns of its own options.
@@ -118,7 +124,7 @@ def run_bentoml_containerize(bento: str, engine: str, tag: str) -> str:
         digest = identity.read_text(encoding="utf-8").strip()
     return digest if digest.startswith("sha256:") else f"sha256:{digest}"
 
-
+# %% ../../nbs/serve/image.ipynb #fd9df9d7
 def containerize(
     model: str, tag: str | None = None, engine: str | None = None, settings: Settings | None = None
 ) -> Image:

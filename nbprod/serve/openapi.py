@@ -32,7 +32,7 @@ def _object(properties: Mapping[str, Any], required: list[str] | None = None) ->
     names = list(properties) if required is None else required
     return {"type": "object", "properties": dict(properties), "required": names}
 
-
+# %% ../../nbs/serve/openapi.ipynb #31d59617
 def _list(items: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "array", "items": dict(items)}
 
@@ -41,12 +41,20 @@ def _reference(name: str) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 # %% ../../nbs/serve/openapi.ipynb #fc9c6198
+def _error_schemas() -> dict[str, Any]:
+    """The named schemas of a refusal: an error, and what was found in the rows."""
+    text = {"type": "string"}
+    place = {"type": "integer", "nullable": True, "description": "position in the request, from 0"}
+    return {
+        "Finding": _object({"row": place, "column": text | {"nullable": True}, "message": text}),
+        "Error": _object({"error": text, "detail": _list(_reference("Finding"))}, required=["error"]),
+    }
+
+# %% ../../nbs/serve/openapi.ipynb #331632fe
 def schemas(model: Model) -> dict[str, Any]:
     """The named schemas of requests, answers and errors."""
     text, number, count = {"type": "string"}, {"type": "number"}, {"type": "integer", "minimum": 0}
     outcome = _outcome_schema(model)
-    place = {"type": "integer", "nullable": True, "description": "position in the request, from 0"}
-    finding = _object({"row": place, "column": text | {"nullable": True}, "message": text})
     answer = {"predictions": _list(outcome), "ids": _list(text), "model": text}
     probabilities = {"probabilities": _list(_list(number))}
     return {
@@ -56,9 +64,7 @@ def schemas(model: Model) -> dict[str, Any]:
         "Feedback": _object({"id": text, "actual": outcome}),
         "FeedbackRequest": _object({"feedback": _list(_reference("Feedback")) | {"minItems": 1}}),
         "FeedbackResponse": _object({"accepted": count, "unknown": _list(text)}),
-        "Finding": finding,
-        "Error": _object({"error": text, "detail": _list(_reference("Finding"))}, required=["error"]),
-    }
+    } | _error_schemas()
 
 # %% ../../nbs/serve/openapi.ipynb #f558dfef
 ERRORS = {
@@ -72,7 +78,7 @@ ERRORS = {
     "504": "The service did not answer in time",
 }
 
-
+# %% ../../nbs/serve/openapi.ipynb #e4c15375
 def _json_content(schema: Mapping[str, Any], example: Any = None) -> dict[str, Any]:
     """The content of a request or response that is JSON."""
     return {"application/json": {"schema": schema} | ({} if example is None else {"example": example})}
@@ -100,38 +106,47 @@ def _example(model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
     return {"rows": golden["rows"][:1]}, answer
 
 # %% ../../nbs/serve/openapi.ipynb #f2897bcc
-def paths(model: Model) -> dict[str, Any]:
-    """The operations of nbprod's own routes."""
-    bodies = "400 413 415 429 500 503 504"
+_BODY_ERRORS = "400 413 415 429 500 503 504"
+
+
+def _predict_operation(model: Model) -> dict[str, Any]:
+    """POST /predict, with a request that works and its answer."""
     request, answer = _example(model)
-    told = {"feedback": [{"id": example_id(model.name), "actual": answer["predictions"][0]}]}
-    predict = _operation(
+    return _operation(
         "predict",
         f"Predictions of {model.tag}; probabilities in the order of the classes",
         _json_content(_reference("PredictResponse"), answer),
-        bodies,
+        _BODY_ERRORS,
         _json_content(_reference("PredictRequest"), request),
     )
-    feedback = _operation(
+
+# %% ../../nbs/serve/openapi.ipynb #0b239682
+def _feedback_operation(model: Model) -> dict[str, Any]:
+    """POST /feedback, with the outcome of the row that the example of /predict asks for."""
+    _, answer = _example(model)
+    told = {"feedback": [{"id": answer["ids"][0], "actual": answer["predictions"][0]}]}
+    return _operation(
         "feedback",
         "How many outcomes were accepted, and the ids that this model never issued",
         _json_content(_reference("FeedbackResponse"), {"accepted": 1, "unknown": []}),
-        bodies,
+        _BODY_ERRORS,
         _json_content(_reference("FeedbackRequest"), told),
     )
-    page = {"text/html": {"schema": {"type": "string"}}}
-    facts = _operation(
-        "model", "Contract, classes, metrics, lineage, baseline", _json_content({"type": "object"}), "429"
-    )
+
+# %% ../../nbs/serve/openapi.ipynb #f064dfe6
+def _pages() -> dict[str, Any]:
+    """The operations of what can only be read."""
+    page, content = {"text/html": {"schema": {"type": "string"}}}, _json_content({"type": "object"})
+    facts = _operation("model", "Contract, classes, metrics, lineage, baseline", content, "429")
     notebook = _operation("notebook", "The executed notebook that made the model", page, "404 429")
-    document = _operation("docs", "This document", _json_content({"type": "object"}), "429")
-    return {
-        "/predict": {"post": predict},
-        "/feedback": {"post": feedback},
-        "/model": {"get": facts},
-        "/notebook": {"get": notebook},
-        "/docs.json": {"get": document},
-    }
+    document = _operation("docs", "This document", content, "429")
+    return {"/model": {"get": facts}, "/notebook": {"get": notebook}, "/docs.json": {"get": document}}
+
+# %% ../../nbs/serve/openapi.ipynb #964eacd8
+def paths(model: Model) -> dict[str, Any]:
+    """The operations of nbprod's own routes."""
+    posts = {"/predict": _predict_operation(model), "/feedback": _feedback_operation(model)}
+    return {path: {"post": operation} for path, operation in posts.items()} | _pages()
 
 # %% ../../nbs/serve/openapi.ipynb #c53c576c
 def _infrastructure(base: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,17 +161,22 @@ def _infrastructure(base: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[st
     return {path: {"get": operation} for path, operation in others.items()}
 
 # %% ../../nbs/serve/openapi.ipynb #8f5294b9
-def openapi_document(model: Model, base: Mapping[str, Any]) -> dict[str, Any]:
-    """The service's OpenAPI 3.0 document; `base` is what BentoML generates for the service."""
-    ours = paths(model)
-    schema = _operation("schema", "BentoML's description", _json_content({"type": "object"}), "")
+def _info(model: Model) -> dict[str, Any]:
+    """The head of the document: which model this is, and where to read more."""
     description = (
         f"Predictions of the model `{model.tag}` ({model.facts['estimator']}). "
         "`GET /model` tells what is known about it, `GET /notebook` shows how it was made."
     )
+    return {"title": model.name, "version": model.version, "description": description}
+
+# %% ../../nbs/serve/openapi.ipynb #82338a45
+def openapi_document(model: Model, base: Mapping[str, Any]) -> dict[str, Any]:
+    """The service's OpenAPI 3.0 document; `base` is what BentoML generates for the service."""
+    ours = paths(model)
+    schema = _operation("schema", "BentoML's description", _json_content({"type": "object"}), "")
     return {
         "openapi": "3.0.2",
-        "info": {"title": model.name, "version": model.version, "description": description},
+        "info": _info(model),
         "servers": base.get("servers", []),
         "tags": [{"name": "Model", "description": "Predictions, outcomes and what is behind them."}]
         + [tag for tag in base.get("tags", []) if tag["name"] == "Infrastructure"],

@@ -29,7 +29,8 @@ from ..settings import Settings, bentoml_home, load_settings
 
 # %% auto #0
 __all__ = ['DRAIN_SECONDS', 'free_port', 'check_port', 'link_home', 'remove_stale', 'private_home', 'service_environ',
-           'start_bentoml', 'serve_arguments', 'descendants', 'stop', 'reason_of', 'wait_ready', 'start_service']
+           'start_bentoml', 'serve_arguments', 'descendants', 'stop', 'reason_of', 'has_failed', 'wait_ready',
+           'local_url', 'start_service']
 
 # %% ../../nbs/serve/process.ipynb #9b8e6a72
 def free_port(host: str = "127.0.0.1") -> int:
@@ -71,7 +72,7 @@ def remove_stale(parent: Path) -> None:
             if time.time() - folder.stat().st_mtime > 5 and not is_held(folder):
                 shutil.rmtree(folder, ignore_errors=True)
 
-
+# %% ../../nbs/serve/process.ipynb #68881134
 @contextmanager
 def private_home(home: Path) -> Iterator[Path]:
     """A BentoML home below `home` that sees its models and Bentos; removed when the context ends."""
@@ -122,7 +123,7 @@ sys.argv[0] = "bentoml"
 runpy.run_module("bentoml", run_name="__main__")
 """
 
-
+# %% ../../nbs/serve/process.ipynb #74933535
 def start_bentoml(
     arguments: list[str], folder: Path, environ: Mapping[str, str], output: IO[bytes] | None = None
 ) -> subprocess.Popen[bytes]:
@@ -159,14 +160,19 @@ def descendants(process: subprocess.Popen[bytes]) -> list[Any]:
     return []
 
 # %% ../../nbs/serve/process.ipynb #e3f343a7
-def stop(process: subprocess.Popen[bytes], workers: list[Any], grace: float = 30.0) -> None:
-    """End a service within `grace` seconds; `workers` are descendants that were seen earlier."""
-    known = {*workers, *descendants(process)}
+def _terminate(process: subprocess.Popen[bytes], grace: float) -> None:
+    """Ask `process` to end, every 3 seconds, until it has or `grace` seconds are over."""
     deadline = time.monotonic() + grace
     while process.poll() is None and time.monotonic() < deadline:
         process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             process.wait(3)
+
+# %% ../../nbs/serve/process.ipynb #4a943748
+def stop(process: subprocess.Popen[bytes], workers: list[Any], grace: float = 30.0) -> None:
+    """End a service within `grace` seconds; `workers` are descendants that were seen earlier."""
+    known = {*workers, *descendants(process)}
+    _terminate(process, grace)
     for each in known:
         # A process number that has been given to somebody else since is noticed by psutil.
         with suppress(Exception):
@@ -188,10 +194,6 @@ def _readiness(url: str) -> int | None:
         return None
 
 # %% ../../nbs/serve/process.ipynb #23fa4252
-# What BentoML logs when a worker could not start; its supervisor would go on trying.
-_FAILED = re.compile(rb"Initializing service error|Application startup failed|Failed to load bento")
-
-
 def reason_of(log: bytes) -> str:
     """What a service's log says about why it ended: its last error, else its last line."""
     lines = [line.strip() for line in log.decode("utf-8", errors="replace").splitlines() if line.strip()]
@@ -201,11 +203,20 @@ def reason_of(log: bytes) -> str:
     return " ".join([*lines[first : first + 1], *rest])[:500] or "it printed nothing"
 
 # %% ../../nbs/serve/process.ipynb #00864da8
+# What BentoML logs when a worker could not start.
+_FAILED = re.compile(rb"Initializing service error|Application startup failed|Failed to load bento")
+
+
+def has_failed(process: subprocess.Popen[bytes], log: Path) -> bool:
+    """Whether a service that is starting has ended, or `log` says that it cannot start."""
+    return process.poll() is not None or _FAILED.search(log.read_bytes()) is not None
+
+# %% ../../nbs/serve/process.ipynb #4325da9d
 def wait_ready(url: str, process: subprocess.Popen[bytes], log: Path, timeout: float) -> None:
     """Return when the service answers as it should; raises `ServeError` with the reason if it doesn't."""
     deadline = time.monotonic() + timeout
     while (status := _readiness(url)) is None:
-        if process.poll() is not None or _FAILED.search(log.read_bytes()):
+        if has_failed(process, log):
             # The reason may be printed a moment after the failure.
             time.sleep(0.3)
             raise ServeError(f"The service did not start: {reason_of(log.read_bytes())}")
@@ -216,6 +227,11 @@ def wait_ready(url: str, process: subprocess.Popen[bytes], log: Path, timeout: f
     if status != 200:
         said = "it answers its golden examples otherwise than when the model was logged"
         raise ServeError(f"The service started and is not ready (status {status}): {said}.")
+
+# %% ../../nbs/serve/process.ipynb #77c48718
+def local_url(host: str, port: int) -> str:
+    """The URL at which this machine reaches a service that listens on `port` of `host`."""
+    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
 
 # %% ../../nbs/serve/process.ipynb #8eeb7571
 @contextmanager
@@ -246,7 +262,7 @@ def start_service(
             process = start_bentoml(arguments, own, variables, output)
         seen: list[Any] = []
         try:
-            url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+            url = local_url(host, port)
             wait_ready(url, process, log, timeout)
             seen = descendants(process)
             yield url

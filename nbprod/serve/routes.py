@@ -16,14 +16,15 @@ from .decoding import RequestError, check_headers, decode, items
 
 logger = logging.getLogger("nbprod.serve")
 
+# %% auto #0
+__all__ = ['logger', 'Message', 'Receive', 'Send', 'Application', 'UNEXPECTED', 'THREADS', 'Reply', 'json_reply', 'status_of',
+           'error_reply', 'reason', 'read_body', 'Desk', 'JsonErrors', 'last_response', 'Routes']
+
+# %% ../../nbs/serve/routes.ipynb #9ee73980
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
-
-# %% auto #0
-__all__ = ['logger', 'Message', 'Receive', 'Send', 'Application', 'UNEXPECTED', 'THREADS', 'Reply', 'json_reply', 'error_reply',
-           'reason', 'read_body', 'Desk', 'JsonErrors', 'last_response', 'Routes']
 
 # %% ../../nbs/serve/routes.ipynb #cf359373
 @dataclass(frozen=True)
@@ -48,15 +49,20 @@ def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None 
 
     return Reply(status, orjson.dumps(value), {"content-type": "application/json", **(headers or {})})
 
+# %% ../../nbs/serve/routes.ipynb #c4d66a89
+def status_of(error: Exception) -> int:
+    """The status of the response to `error`; 500 for what was not foreseen."""
+    if isinstance(error, RequestError):
+        return error.status
+    return error.http_status if isinstance(error, NbprodError) else 500
+
 # %% ../../nbs/serve/routes.ipynb #e07d4c1c
 UNEXPECTED = "The service failed to answer; its log says why."
 
 
 def error_reply(error: Exception, headers: Mapping[str, str] | None = None) -> Reply:
     """The response to a refused or failed request."""
-    status = error.status if isinstance(error, RequestError) else 500
-    if isinstance(error, NbprodError) and not isinstance(error, RequestError):
-        status = error.http_status
+    status = status_of(error)
     if not isinstance(error, RequestError) and status >= 500:
         logger.error("A request failed", exc_info=error)
         return json_reply({"error": UNEXPECTED, "detail": []}, status)
@@ -89,10 +95,6 @@ async def read_body(receive: Receive, announced: str, limit: int) -> bytes:
     return b"".join(chunks)
 
 # %% ../../nbs/serve/routes.ipynb #c600ee08
-# Predicting frees the interpreter for long stretches; a few threads let a short request pass a long one.
-THREADS = 4
-
-
 @dataclass
 class Desk:
     """What the routes answer from: `answerer` once the service has started, `pages` by path.
@@ -125,6 +127,11 @@ class Desk:
             self.answerer.metrics.rejected(reason(error))
 
 # %% ../../nbs/serve/routes.ipynb #ee8efdab
+def _is_plain_error(message: Message) -> bool:
+    kinds = [value for name, value in message["headers"] if name.lower() == b"content-type"]
+    return message["status"] >= 400 and any(kind.startswith(b"text/plain") for kind in kinds)
+
+# %% ../../nbs/serve/routes.ipynb #82eb520f
 class JsonErrors:
     """An ASGI `send` that turns responses of status 400 and above in plain text into JSON."""
 
@@ -151,11 +158,6 @@ class JsonErrors:
         kept = {name.decode(): value.decode() for name, value in start["headers"] if name == b"allow"}
         return json_reply({"error": text, "detail": []}, start["status"], kept)
 
-
-def _is_plain_error(message: Message) -> bool:
-    kinds = [value for name, value in message["headers"] if name.lower() == b"content-type"]
-    return message["status"] >= 400 and any(kind.startswith(b"text/plain") for kind in kinds)
-
 # %% ../../nbs/serve/routes.ipynb #0ed1d0b3
 def last_response(send: Send) -> Send:
     """An ASGI `send` whose response closes its connection."""
@@ -166,6 +168,9 @@ def last_response(send: Send) -> Send:
         await send(message)
 
     return closing
+
+# %% ../../nbs/serve/routes.ipynb #96fc5c63
+THREADS = 4  # that predict or wait for the interpreter
 
 # %% ../../nbs/serve/routes.ipynb #7c417966
 class Routes:

@@ -49,13 +49,7 @@ def api_types(model: Model) -> dict[str, type[BaseModel]]:
         "accepted": create_model("FeedbackResponse", accepted=(int, ...), unknown=(list[str], ...)),
     }
 
-# %% ../../nbs/serve/service.ipynb #93e163ba
-SECURITY_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-
-
+# %% ../../nbs/serve/service.ipynb #ff28ad2b
 def model_facts(model: Model) -> dict[str, Any]:
     """What GET /model tells, as JSON values."""
     facts = model.facts
@@ -74,6 +68,12 @@ def model_facts(model: Model) -> dict[str, Any]:
         "contract": model.contract.as_dict(),
         "baseline": model.baseline.as_dict(),
     }
+
+# %% ../../nbs/serve/service.ipynb #93e163ba
+SECURITY_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 # %% ../../nbs/serve/service.ipynb #6469c722
 def notebook_page(path: Path | None) -> Reply:
@@ -129,12 +129,17 @@ def close_desk(desk: Desk) -> None:
     if answerer is not None:
         answerer.close()
 
-
+# %% ../../nbs/serve/service.ipynb #62603174
 def is_ready(desk: Desk) -> bool:
     """Whether the service has started and answers its golden examples as it should."""
     return desk.answerer is not None and desk.answerer.parity.equal
 
 # %% ../../nbs/serve/service.ipynb #f7250674
+def _close_then(desk: Desk, handler: Callable[..., Any], *arguments: Any) -> None:
+    desk.closing = True
+    handler(*arguments)
+
+# %% ../../nbs/serve/service.ipynb #650eb8e6
 def watch_signals(desk: Desk) -> None:
     """Let `desk` know when this process is told to end, where somebody handles that, in the main thread."""
     if threading.current_thread() is not threading.main_thread():
@@ -144,18 +149,13 @@ def watch_signals(desk: Desk) -> None:
         if callable(handler):
             signal.signal(number, partial(_close_then, desk, handler))
 
-
-def _close_then(desk: Desk, handler: Callable[..., Any], *arguments: Any) -> None:
-    desk.closing = True
-    handler(*arguments)
-
 # %% ../../nbs/serve/service.ipynb #3afdc267
 DURATION_BUCKETS = [
     *[0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05],
     *[0.075, 0.1, 0.15, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0],
 ]  # seconds
 
-
+# %% ../../nbs/serve/service.ipynb #57f7ae83
 def create_service(tag: str, notebook: Path | None = None) -> Service[Any]:
     """The BentoML service of the model `tag`; `notebook` is its executed notebook as an HTML file, if any."""
     import bentoml
