@@ -319,6 +319,15 @@ def _checked(contract: Contract, frame: pd.DataFrame) -> pd.DataFrame:
     return result
 
 # %% ../../nbs/model/contract.ipynb #2a7616e3
+def _seen_in_training(column: Column) -> str:
+    if column.categories is not None:
+        more = ", …" if len(column.categories) > 12 else ""
+        return f"training values {', '.join(column.categories[:12])}{more}"
+    if column.minimum is not None and column.maximum is not None:
+        return f"training values {column.minimum:g} to {column.maximum:g}"
+    return ""
+
+# %% ../../nbs/model/contract.ipynb #59b9cadd
 _JSON_TYPES = {
     "int": "integer",
     "float": "number",
@@ -328,15 +337,6 @@ _JSON_TYPES = {
 }
 
 
-def _seen_in_training(column: Column) -> str:
-    if column.categories is not None:
-        more = ", …" if len(column.categories) > 12 else ""
-        return f"training values {', '.join(column.categories[:12])}{more}"
-    if column.minimum is not None and column.maximum is not None:
-        return f"training values {column.minimum:g} to {column.maximum:g}"
-    return ""
-
-# %% ../../nbs/model/contract.ipynb #a0a27e7a
 def _column_schema(column: Column, openapi: bool) -> dict[str, Any]:
     kind = _JSON_TYPES[column.type]
     schema: dict[str, Any] = {"type": [kind, "null"] if column.nullable and not openapi else kind}
