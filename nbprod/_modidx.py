@@ -623,6 +623,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'nbprod/monitor/window.py'),
                                        'nbprod.monitor.window.Window.prediction_drift': ( 'monitor/window.html#window.prediction_drift',
                                                                                           'nbprod/monitor/window.py'),
+                                       'nbprod.monitor.window._chosen_version': ( 'monitor/window.html#_chosen_version',
+                                                                                  'nbprod/monitor/window.py'),
                                        'nbprod.monitor.window._nothing_logged': ( 'monitor/window.html#_nothing_logged',
                                                                                   'nbprod/monitor/window.py'),
                                        'nbprod.monitor.window._read_since': ('monitor/window.html#_read_since', 'nbprod/monitor/window.py'),

@@ -90,6 +90,13 @@ class Window:
         texts = [None if moment is None else moment.isoformat(timespec="seconds") for moment in moments]
         return dict(zip(("since", "start", "end"), texts, strict=True))
 
+# %% ../../nbs/monitor/window.ipynb #2d82edfd
+def _chosen_version(name: str, counts: Counter[str], settings: Settings | None) -> str:
+    """The tag that `name` says, else that with the most rows in `counts`; "" where there are none."""
+    if re.search("[:@]", name):
+        return resolve(name, settings).tag
+    return counts.most_common(1)[0][0] if counts else ""
+
 # %% ../../nbs/monitor/window.ipynb #dade375c
 def _nothing_logged(name: str, since: datetime | None, counts: Counter[str]) -> NotFoundError:
     """The error for a window without rows; `counts` are the rows of the other versions in it."""
@@ -108,8 +115,7 @@ def read_window(
     moment, base = since_moment(since), re.split("[:@]", name)[0]
     logged = predictions(base, moment, settings)
     counts = Counter(logged["model"].tolist())
-    most = counts.most_common(1)[0][0] if counts else ""
-    tag = most if base == name else resolve(name, settings).tag
+    tag = _chosen_version(name, counts, settings)
     if not counts[tag]:
         raise _nothing_logged(name, moment, counts)
     told = feedback(base, moment, settings)
