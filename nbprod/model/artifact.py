@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
-from ..experiment.lineage import live_lineage
 from ..experiment.recording import current_run, emit
 from ..files import is_held
 from .baseline import profile
 from .contract import Contract, infer_contract, plain_rows
 from .pipeline import Answer, answer, write_pipeline
 from .store import commit, staging_folder
-from ..settings import Settings, bentoml_home, find_project, load_settings
+from ..settings import Settings, bentoml_home, load_settings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,8 +30,8 @@ if TYPE_CHECKING:
     from nbprod.experiment.runs import Run
 
 # %% auto #0
-__all__ = ['TYPICAL_EXAMPLES', 'NOT_SERVED', 'golden_examples', 'holdout_metrics', 'check_name', 'stage', 'estimator_name',
-           'log_model', 'commit_staged', 'recover']
+__all__ = ['TYPICAL_EXAMPLES', 'golden_examples', 'holdout_metrics', 'check_name', 'estimator_name', 'stage', 'log_model',
+           'commit_staged', 'recover']
 
 # %% ../../nbs/model/artifact.ipynb #0978ce9d
 TYPICAL_EXAMPLES = 24
@@ -46,7 +45,7 @@ def _example_positions(frame: pd.DataFrame) -> list[int]:
     nulls = [int(np.argmax(column)) for column in frame.isna().to_numpy().T if column.any()]
     return sorted({*spread.tolist(), *nulls})
 
-
+# %% ../../nbs/model/artifact.ipynb #095b6cc0
 def golden_examples(model: Any, contract: Contract, inputs: pd.DataFrame) -> dict[str, Any]:
     """Rows of `inputs` in JSON values, with the answers of `model`: rows, predictions, probabilities."""
     rows = plain_rows(contract, inputs.iloc[_example_positions(inputs)])
@@ -80,15 +79,59 @@ def check_name(name: str) -> str:
         )
     return name
 
-
+# %% ../../nbs/model/artifact.ipynb #be792ce9
 def _live_version() -> str:
     return f"live-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+# %% ../../nbs/model/artifact.ipynb #416f5654
+def estimator_name(model: Any) -> str:
+    """The class name of a model, or of the last step of a pipeline."""
+    steps = getattr(model, "steps", None)
+    return type(steps[-1][1] if steps else model).__name__
+
+# %% ../../nbs/model/artifact.ipynb #18a157ac
+def _classes(model: Any) -> list[Any] | None:
+    """The labels of a classifier, in the order of its probabilities; None for a regressor."""
+    return model.classes_.tolist() if hasattr(model, "classes_") else None
+
+
+def _facts(model: Any, given: Answer, labels: Any) -> dict[str, Any]:
+    """What is known of a fitted `model` and its answer to the hold-out before its run has ended."""
+    classes = _classes(model)
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "estimator": estimator_name(model),
+        "classes": classes,
+        "holdout": {} if labels is None else holdout_metrics(given, list(labels), classes),
+        "holdout_rows": len(given.predictions),
+        "run": None,
+    }
+
+# %% ../../nbs/model/artifact.ipynb #c89dd0fe
+def _joined_nullability(reference: pd.DataFrame, inputs: pd.DataFrame) -> pd.DataFrame:
+    """`reference`, with one row of nulls of `inputs` added for columns that are complete in `reference`."""
+    import pandas as pd
+
+    if reference is inputs:
+        return reference
+    nulls, known = inputs.isna(), reference.isna().any()
+    rows = [inputs[nulls[name]].head(1) for name in inputs if nulls[name].any() and not known[name]]
+    return pd.concat([reference, *rows]) if rows else reference
+
+# %% ../../nbs/model/artifact.ipynb #1399a94f
+def _copy_library(folder: Path, settings: Settings | None) -> str | None:
+    """Copy the project's exported library beside the model; its name, or None where there is none."""
+    if settings is None or settings.library is None or not (settings.root / settings.library).is_dir():
+        return None
+    ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
+    shutil.copytree(settings.root / settings.library, folder / "library" / settings.library, ignore=ignored)
+    return settings.library
 
 # %% ../../nbs/model/artifact.ipynb #169bf956
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
-
+# %% ../../nbs/model/artifact.ipynb #337c3f39
 def stage(
     folder: Path,
     tag: str,
@@ -105,53 +148,37 @@ def stage(
     contract = infer_contract(_joined_nullability(reference, inputs))
     inputs = contract.check_frame(inputs)
     given = answer(model, inputs)
-    classes = model.classes_.tolist() if hasattr(model, "classes_") else None
-    baseline = profile(contract.check_frame(reference), given.predictions, given.probabilities, classes)
+    baseline = profile(
+        contract.check_frame(reference), given.predictions, given.probabilities, _classes(model)
+    )
     _write_json(folder / "contract.json", contract.as_dict())
     _write_json(folder / "baseline.json", baseline.as_dict())
     _write_json(folder / "examples.json", golden_examples(model, contract, inputs))
-    facts = {
-        "tag": tag,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "estimator": estimator_name(model),
-        "classes": classes,
-        "library": _copy_library(folder, settings),
-        "holdout": {} if labels is None else holdout_metrics(given, list(labels), classes),
-        "holdout_rows": len(inputs),
-        "run": None,
-    }
+    facts = _facts(model, given, labels) | {"tag": tag, "library": _copy_library(folder, settings)}
     _write_json(folder / "facts.json", facts)
 
-# %% ../../nbs/model/artifact.ipynb #416f5654
-def estimator_name(model: Any) -> str:
-    """The class name of a model, or of the last step of a pipeline."""
-    steps = getattr(model, "steps", None)
-    return type(steps[-1][1] if steps else model).__name__
-
-# %% ../../nbs/model/artifact.ipynb #c89dd0fe
-def _joined_nullability(reference: pd.DataFrame, inputs: pd.DataFrame) -> pd.DataFrame:
-    """`reference`, with one row of nulls of `inputs` added for columns that are complete in `reference`."""
+# %% ../../nbs/model/artifact.ipynb #73c3dd4e
+def _check_inputs(model: Any, name: str, inputs: pd.DataFrame, training: pd.DataFrame | None) -> None:
+    """Refuse what cannot be logged, before anything is written."""
     import pandas as pd
 
-    if reference is inputs:
-        return reference
-    nulls, known = inputs.isna(), reference.isna().any()
-    rows = [inputs[nulls[name]].head(1) for name in inputs if nulls[name].any() and not known[name]]
-    return pd.concat([reference, *rows]) if rows else reference
+    if not hasattr(model, "predict"):
+        raise ModelError(f"{name}: {type(model).__name__} has no predict method. Log the fitted pipeline.")
+    for argument, frame in (("inputs", inputs), ("training", training)):
+        if frame is not None and (not isinstance(frame, pd.DataFrame) or len(frame) == 0):
+            raise ModelError(f"{name}: {argument} must be a DataFrame of at least one row.")
+    if training is not None and list(training.columns) != list(inputs.columns):
+        raise ModelError(f"{name}: inputs and training must have the same columns in the same order.")
 
+# %% ../../nbs/model/artifact.ipynb #851de95f
+def _keep(folder: Path, target: Path, name: str) -> None:
+    """Move staged files to their place in the run's folder."""
+    if target.exists():
+        raise ModelError(f"{name!r} was logged already in this run. Log it once, or under another name.")
+    target.parent.mkdir(exist_ok=True)
+    folder.rename(target)
 
-def _copy_library(folder: Path, settings: Settings | None) -> str | None:
-    """Copy the project's exported library beside the model; its name, or None where there is none."""
-    if settings is None or settings.library is None or not (settings.root / settings.library).is_dir():
-        return None
-    ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
-    shutil.copytree(settings.root / settings.library, folder / "library" / settings.library, ignore=ignored)
-    return settings.library
-
-# %% ../../nbs/model/artifact.ipynb #73c3dd4e
-NOT_SERVED = {"packages", "interpreter", "machine"}  # of a lineage: a service shows the facts to anybody
-
-
+# %% ../../nbs/model/artifact.ipynb #a1e14a6e
 def log_model(
     model: Any,
     name: str,
@@ -172,7 +199,6 @@ def log_model(
     with staging_folder(context.folder if context else bentoml_home() / "tmp") as folder:
         stage(folder, tag, model, inputs, labels, training, settings)
         if context is None:
-            _note_origin(folder, settings)
             commit(folder, tag)
         else:
             _keep(folder, context.folder / "model" / name, name)
@@ -180,44 +206,13 @@ def log_model(
     emit("model", value, text=f"model {tag}: {value['estimator']}, {value['columns']} columns")
     return tag
 
-
-def _note_origin(folder: Path, settings: Settings) -> None:
-    """Add to the facts of a model that is logged by hand in a project what the kernel knows of its origin."""
-    if find_project() is None:
-        return
-    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    made = live_lineage(settings.root, folder).items()
-    lineage = {key: value for key, value in made if key not in NOT_SERVED}
-    _write_json(folder / "facts.json", facts | {"lineage": lineage})
-
-
-def _check_inputs(model: Any, name: str, inputs: pd.DataFrame, training: pd.DataFrame | None) -> None:
-    """Refuse what cannot be logged, before anything is written."""
-    import pandas as pd
-
-    if not hasattr(model, "predict"):
-        raise ModelError(f"{name}: {type(model).__name__} has no predict method. Log the fitted pipeline.")
-    for argument, frame in (("inputs", inputs), ("training", training)):
-        if frame is not None and (not isinstance(frame, pd.DataFrame) or len(frame) == 0):
-            raise ModelError(f"{name}: {argument} must be a DataFrame of at least one row.")
-    if training is not None and list(training.columns) != list(inputs.columns):
-        raise ModelError(f"{name}: inputs and training must have the same columns in the same order.")
-
-
-def _keep(folder: Path, target: Path, name: str) -> None:
-    """Move staged files to their place in the run's folder."""
-    if target.exists():
-        raise ModelError(f"{name!r} was logged already in this run. Log it once, or under another name.")
-    target.parent.mkdir(exist_ok=True)
-    folder.rename(target)
-
 # %% ../../nbs/model/artifact.ipynb #873f3420
 def commit_staged(run: Run, _settings: Settings) -> None:
     """Turn the models that a succeeded `run` staged into versions, with the executed notebook beside them.
 
     Takes what execution tells its listeners: the run and the project's settings.
     """
-    lineage = {key: value for key, value in run.lineage.items() if key not in NOT_SERVED}
+    lineage = {key: value for key, value in run.lineage.items() if key != "packages"}
     for folder in sorted((run.folder / "model").glob("*")):
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         about = {"run": run.id, "params": run.params, "metrics": run.metrics, "lineage": lineage}

@@ -85,7 +85,7 @@ def _plain(value: Any, type_name: str) -> Any:
     }
     return casts[type_name](value)
 
-
+# %% ../../nbs/model/contract.ipynb #f9920cf2
 def infer_column(values: pd.Series) -> Column:
     """The `Column` that describes a pandas column of training data."""
     kind, present = column_type(values), values.dropna()
@@ -107,7 +107,7 @@ def _is_int(value: Any, lowest: int, highest: int) -> bool:
     whole = type(value) is int or (type(value) is float and value.is_integer())
     return whole and lowest <= value <= highest
 
-
+# %% ../../nbs/model/contract.ipynb #5144d2fb
 def _is_float(value: Any, largest: float) -> bool:
     # The comparison is false for NaN too, and exact for integers of any length.
     return type(value) in (int, float) and abs(value) <= largest
@@ -126,6 +126,16 @@ def _is_datetime(value: Any, zoned: bool) -> bool:
     return (moment.tzinfo is not None) == zoned and moment.year in YEARS
 
 # %% ../../nbs/model/contract.ipynb #1d009cca
+def _fits_int(dtype: str) -> tuple[Callable[[Any], bool], str]:
+    """The test of a JSON value for an integer dtype, and what it asks for in words."""
+    import numpy as np
+
+    bounds = np.iinfo(dtype.lower())
+    span = "" if bounds.bits == 64 else f" from {bounds.min} to {bounds.max}"
+    test = partial(_is_int, lowest=int(bounds.min), highest=int(bounds.max))
+    return test, f"must be a whole number{span}"
+
+# %% ../../nbs/model/contract.ipynb #76224890
 def fits(column: Column) -> tuple[Callable[[Any], bool], str]:
     """The test of a non-null JSON value for `column`, and what it asks for in words."""
     import numpy as np
@@ -135,10 +145,7 @@ def fits(column: Column) -> tuple[Callable[[Any], bool], str]:
         words = f"must be an ISO 8601 time with{'' if zoned else 'out'} a zone, of the years 1678 to 2261"
         return partial(_is_datetime, zoned=zoned), words
     if column.type == "int":
-        bounds = np.iinfo(column.dtype.lower())
-        span = "" if bounds.bits == 64 else f" from {bounds.min} to {bounds.max}"
-        words = f"must be a whole number{span}"
-        return partial(_is_int, lowest=int(bounds.min), highest=int(bounds.max)), words
+        return _fits_int(column.dtype)
     if column.type == "float":
         largest = float(np.finfo(column.dtype.lower()).max)
         return partial(_is_float, largest=largest), "must be a finite number"
@@ -156,7 +163,7 @@ def shorten(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
-
+# %% ../../nbs/model/contract.ipynb #44abdb2c
 def _key_findings(row: int, given: Any, names: Sequence[str]) -> list[Finding]:
     """What is wrong with the keys of one row."""
     if not isinstance(given, Mapping):
@@ -251,7 +258,7 @@ def _column_from_dict(value: Mapping[str, Any]) -> Column:
     categories = value["categories"]
     return Column(**{**value, "categories": None if categories is None else tuple(categories)})
 
-
+# %% ../../nbs/model/contract.ipynb #c1d1b2a0
 def infer_contract(frame: pd.DataFrame) -> Contract:
     """The contract of a training frame: one `Column` a column, by pandas' dtypes and the values."""
     names = [str(name) for name in frame.columns]
@@ -284,6 +291,19 @@ def _frame(contract: Contract, rows: Sequence[Mapping[str, Any]]) -> pd.DataFram
     return pd.DataFrame({column.name: to_series(column, values[column.name]) for column in contract.columns})
 
 # %% ../../nbs/model/contract.ipynb #5b752494
+def _cast(column: Column, values: pd.Series) -> pd.Series:
+    """`values` with the training dtype, refused if a number or a text would change by it."""
+    kind = column_type(values)
+    if values.notna().any() and kind != column.type and (kind, column.type) != ("int", "float"):
+        message = f"must be {column.type}, got {kind}"
+        raise refuse([{"row": values.index[0], "column": column.name, "message": message}])
+    try:
+        return values.astype(column.dtype)
+    except (TypeError, ValueError) as error:
+        message = f"cannot be read as {column.dtype}: {error}"
+        raise refuse([{"row": values.index[0], "column": column.name, "message": message}]) from error
+
+# %% ../../nbs/model/contract.ipynb #5dc5985b
 def _checked(contract: Contract, frame: pd.DataFrame) -> pd.DataFrame:
     missing = [name for name in contract.names if name not in frame.columns]
     if missing:
@@ -298,29 +318,7 @@ def _checked(contract: Contract, frame: pd.DataFrame) -> pd.DataFrame:
             result[column.name] = _cast(column, values)
     return result
 
-
-def _cast(column: Column, values: pd.Series) -> pd.Series:
-    """`values` with the training dtype, refused if a number or a text would change by it."""
-    kind = column_type(values)
-    if values.notna().any() and kind != column.type and (kind, column.type) != ("int", "float"):
-        message = f"must be {column.type}, got {kind}"
-        raise refuse([{"row": values.index[0], "column": column.name, "message": message}])
-    try:
-        return values.astype(column.dtype)
-    except (TypeError, ValueError) as error:
-        message = f"cannot be read as {column.dtype}: {error}"
-        raise refuse([{"row": values.index[0], "column": column.name, "message": message}]) from error
-
 # %% ../../nbs/model/contract.ipynb #2a7616e3
-_JSON_TYPES = {
-    "int": "integer",
-    "float": "number",
-    "bool": "boolean",
-    "string": "string",
-    "datetime": "string",
-}
-
-
 def _seen_in_training(column: Column) -> str:
     if column.categories is not None:
         more = ", …" if len(column.categories) > 12 else ""
@@ -328,6 +326,15 @@ def _seen_in_training(column: Column) -> str:
     if column.minimum is not None and column.maximum is not None:
         return f"training values {column.minimum:g} to {column.maximum:g}"
     return ""
+
+# %% ../../nbs/model/contract.ipynb #59b9cadd
+_JSON_TYPES = {
+    "int": "integer",
+    "float": "number",
+    "bool": "boolean",
+    "string": "string",
+    "datetime": "string",
+}
 
 
 def _column_schema(column: Column, openapi: bool) -> dict[str, Any]:
@@ -342,7 +349,7 @@ def _column_schema(column: Column, openapi: bool) -> dict[str, Any]:
     text = "; ".join(part for part in (column.description, _seen_in_training(column)) if part)
     return schema | ({"description": text} if text else {})
 
-
+# %% ../../nbs/model/contract.ipynb #4fa85527
 def json_schema(contract: Contract, *, openapi: bool = False) -> dict[str, Any]:
     """The JSON Schema of one row; with `openapi=True` in the dialect of OpenAPI 3.0."""
     return {
@@ -358,7 +365,7 @@ def _plain_values(column: Column, values: pd.Series) -> list[Any]:
     pairs = zip(values, values.notna(), strict=True)
     return [_plain(value, column.type) if present else None for value, present in pairs]
 
-
+# %% ../../nbs/model/contract.ipynb #f9d7b6c8
 def plain_rows(contract: Contract, frame: pd.DataFrame) -> list[dict[str, Any]]:
     """`frame` as JSON rows: nulls are None, times are ISO 8601; `contract.frame` reads them back."""
     checked = contract.check_frame(frame)

@@ -26,7 +26,16 @@ class Answer:
     predictions: list[Any]
     probabilities: list[list[float]] | None
 
+# %% ../../nbs/model/pipeline.ipynb #3a3f397a
+def _before_last(model: Any, frame: pd.DataFrame) -> tuple[Any, Any]:
+    """The last step of a pipeline and what the steps before it make of `frame`, so that they run once."""
+    from sklearn.pipeline import Pipeline
 
+    if not isinstance(model, Pipeline) or len(model) == 1:
+        return model, frame
+    return model[-1], model[:-1].transform(frame)
+
+# %% ../../nbs/model/pipeline.ipynb #32497537
 def answer(model: Any, frame: pd.DataFrame) -> Answer:
     """What a fitted scikit-learn `model` with one output answers to `frame`."""
     final, inputs = _before_last(model, frame)
@@ -36,15 +45,6 @@ def answer(model: Any, frame: pd.DataFrame) -> Answer:
         raise ModelError(f"{type(model).__name__} predicts {outputs} outputs a row; one is supported.")
     probabilities = final.predict_proba(inputs).tolist() if hasattr(final, "predict_proba") else None
     return Answer(predictions.tolist(), probabilities)
-
-
-def _before_last(model: Any, frame: pd.DataFrame) -> tuple[Any, Any]:
-    """The last step of a pipeline and what the steps before it make of `frame`, so that they run once."""
-    from sklearn.pipeline import Pipeline
-
-    if not isinstance(model, Pipeline) or len(model) == 1:
-        return model, frame
-    return model[-1], model[:-1].transform(frame)
 
 # %% ../../nbs/model/pipeline.ipynb #dd902f0e
 TRUSTED_PACKAGES = ("sklearn", "scipy")
@@ -61,7 +61,14 @@ def untrusted_types(path: Path, library: str | None) -> tuple[list[str], list[st
     refused = [name for name in named if name.split(".")[0] not in packages and name not in TRUSTED_TYPES]
     return named, refused
 
+# %% ../../nbs/model/pipeline.ipynb #424c3d4e
+def _hint(refused: Iterable[str]) -> str:
+    """What to do about types that come from the notebook itself."""
+    if any(name.startswith("__main__.") for name in refused):
+        return " Functions and classes of a notebook cannot be loaded elsewhere: export them to the library."
+    return " Use scikit-learn's, or the project's exported library."
 
+# %% ../../nbs/model/pipeline.ipynb #bc61c345
 def read_pipeline(path: Path, library: str | None) -> Any:
     """The pipeline in a skops file; `ModelError` if it names a type that is not trusted or is damaged."""
     from skops.io import load as skops_load
@@ -79,13 +86,6 @@ def read_pipeline(path: Path, library: str | None) -> Any:
         raise ModelError(f"{path} needs {error.name}, which cannot be imported here. Install it.") from error
     except Exception as error:  # what a constructor of another version raises is not foreseeable
         raise ModelError(f"{path} cannot be loaded: {error}") from error
-
-
-def _hint(refused: Iterable[str]) -> str:
-    """What to do about types that come from the notebook itself."""
-    if any(name.startswith("__main__.") for name in refused):
-        return " Functions and classes of a notebook cannot be loaded elsewhere: export them to the library."
-    return " Use scikit-learn's, or the project's exported library."
 
 # %% ../../nbs/model/pipeline.ipynb #7a9a4977
 def write_pipeline(model: Any, path: Path, library: str | None) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['staging_folder', 'commit', 'make_importable', 'Version', 'read_json', 'Model', 'models', 'load']
+__all__ = ['staging_folder', 'commit', 'make_importable', 'read_json', 'Version', 'Model', 'models', 'load']
 
 # %% ../../nbs/model/store.ipynb #3a0e1dde
 @contextmanager
@@ -41,7 +41,16 @@ def staging_folder(parent: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
+# %% ../../nbs/model/store.ipynb #563d8c9b
+def _make_visible(made: Path, target: Path) -> None:
+    """Move the version `made` to its place `target`, and let `latest` name it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    pointer = made.parent / "latest"
+    made.rename(target)
+    pointer.write_text(target.name, encoding="utf-8")
+    pointer.replace(target.parent / "latest")
 
+# %% ../../nbs/model/store.ipynb #eac70fd9
 def commit(staged: Path, tag: str, labels: Mapping[str, str] | None = None) -> None:
     """Make the files in `staged` the version `tag` of the BentoML store. Doing it twice changes nothing."""
     import bentoml
@@ -55,10 +64,7 @@ def commit(staged: Path, tag: str, labels: Mapping[str, str] | None = None) -> N
     with staging_folder(home / "tmp") as folder:
         with bentoml.models.create(tag, labels=dict(labels or {}), _model_store=ModelStore(folder)) as made:
             shutil.copytree(staged, made.path, dirs_exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        (folder / name / version).rename(target)
-        (folder / "latest").write_text(version, encoding="utf-8")
-        (folder / "latest").replace(target.parent / "latest")
+        _make_visible(folder / name / version, target)
 
 # %% ../../nbs/model/store.ipynb #f0906d49
 def make_importable(library: str | None, start: Path | None = None) -> None:
@@ -72,6 +78,12 @@ def make_importable(library: str | None, start: Path | None = None) -> None:
         sys.path.append(str(settings.root))
 
 # %% ../../nbs/model/store.ipynb #3f517603
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file at `path`."""
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value
+
+# %% ../../nbs/model/store.ipynb #50649003
 @dataclass(frozen=True)
 class Version:
     """The facts of a version in the BentoML store. `folder` is where its files are."""
@@ -108,12 +120,6 @@ class Version:
         """The executed notebook that made the model, if a run did."""
         path = self.folder / "notebook.ipynb"
         return path if path.exists() else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in the file at `path`."""
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return value
 
 # %% ../../nbs/model/store.ipynb #78857f78
 @dataclass(frozen=True)
@@ -183,17 +189,22 @@ def models(name: str | None = None) -> list[Model]:
     found = [Model(f"{folder.parent.name}:{folder.name}", folder) for folder in folders]
     return sorted(found, key=lambda model: (model.facts["created"], model.tag), reverse=True)
 
+# %% ../../nbs/model/store.ipynb #0e8faee3
+def _unknown_name(name: str) -> NotFoundError:
+    """The error for a name of which the store has no version."""
+    names = sorted({model.name for model in models()})
+    return NotFoundError(
+        f"There is no model {name!r} in {bentoml_home() / 'models'}.{did_you_mean(name, names)} "
+        "Log one with nbprod.log_model in a notebook and run it."
+    )
 
+# %% ../../nbs/model/store.ipynb #7f90a93b
 def load(tag: str) -> Model:
     """The model of a tag `name:version`, `name:latest` or `name` (the latest); the pipeline is read later."""
     name, _, version = tag.partition(":")
     known = models(name)
     if not known:
-        names = sorted({model.name for model in models()})
-        raise NotFoundError(
-            f"There is no model {name!r} in {bentoml_home() / 'models'}.{did_you_mean(name, names)} "
-            "Log one with nbprod.log_model in a notebook and run it."
-        )
+        raise _unknown_name(name)
     if version in ("", "latest"):
         return known[0]
     for model in known:

@@ -42,6 +42,17 @@ def distance(reference: Sequence[int] | np.ndarray, counts: Sequence[int] | np.n
     return float(np.sqrt(max(divergence, 0.0)))
 
 # %% ../../nbs/monitor/drift.ipynb #11fefd50
+def _group_starts(totals: np.ndarray, needed: float) -> list[int]:
+    """Where groups of neighbouring bins begin, so that each holds at least `needed` of `totals` (bins,)."""
+    starts, total = [0], 0
+    for i, each in enumerate(totals.tolist()):
+        if total >= needed and totals[i:].sum() >= needed:
+            starts.append(i)
+            total = 0
+        total += each
+    return starts
+
+# %% ../../nbs/monitor/drift.ipynb #e58571d6
 MINIMUM_EXPECTED = 5
 
 
@@ -56,15 +67,17 @@ def merge_small(table: np.ndarray, ordered: bool) -> np.ndarray:
         table = table[:, np.argsort(table.sum(axis=0), kind="stable")]
     totals, samples = table.sum(axis=0), table.sum(axis=1)
     needed = MINIMUM_EXPECTED * samples.sum() / samples.min()
-    starts, total = [0], 0
-    for i, each in enumerate(totals.tolist()):
-        if total >= needed and totals[i:].sum() >= needed:
-            starts.append(i)
-            total = 0
-        total += each
-    return np.add.reduceat(table, starts, axis=1)
+    return np.add.reduceat(table, _group_starts(totals, needed), axis=1)
 
 # %% ../../nbs/monitor/drift.ipynb #6d47901c
+def _pearson(table: np.ndarray) -> float:
+    """Pearson's χ² of a table (2, bins) in which no bin is empty in both samples."""
+    import numpy as np
+
+    expected = np.outer(table.sum(axis=1), table.sum(axis=0)) / table.sum()
+    return float(((table - expected) ** 2 / expected).sum())
+
+# %% ../../nbs/monitor/drift.ipynb #236ea574
 def homogeneity(reference: Sequence[int], counts: Sequence[int] | np.ndarray, ordered: bool = True) -> float:
     """The p-value of Pearson's χ² test that two count vectors (bins,) come from one distribution.
 
@@ -77,15 +90,10 @@ def homogeneity(reference: Sequence[int], counts: Sequence[int] | np.ndarray, or
     if not table.sum(axis=1).all():
         return 1.0
     table = merge_small(table, ordered)
-    expected = np.outer(table.sum(axis=1), table.sum(axis=0)) / table.sum()
-    statistic = ((table - expected) ** 2 / expected).sum()
     freedom = table.shape[1] - 1
-    return float(chdtrc(freedom, statistic)) if freedom else 1.0
+    return float(chdtrc(freedom, _pearson(table))) if freedom else 1.0
 
 # %% ../../nbs/monitor/drift.ipynb #1c5d00d5
-SIGNIFICANCE = 0.01
-
-
 @dataclass(frozen=True)
 class ColumnDrift:
     """How far a column is from training: `distance` (Jensen–Shannon), `p` (homogeneity), and the verdict.
@@ -104,12 +112,15 @@ class ColumnDrift:
         """The facts as JSON values."""
         return asdict(self)
 
+# %% ../../nbs/monitor/drift.ipynb #e82ed1ff
+SIGNIFICANCE = 0.01
+
 
 def is_drifted(distance: float, p: float) -> bool:
     """Far enough to matter, and more than chance."""
     return distance > DISTANCE_THRESHOLD and p < SIGNIFICANCE
 
-
+# %% ../../nbs/monitor/drift.ipynb #b56ce776
 def column_drift(reference: Histogram, counts: Sequence[int] | np.ndarray, column: str = "") -> ColumnDrift:
     """The drift of one column: `counts` (bins,) of a window against its training histogram."""
     values = tuple(int(count) for count in counts)
@@ -120,24 +131,29 @@ def column_drift(reference: Histogram, counts: Sequence[int] | np.ndarray, colum
     return ColumnDrift(column, far, p, is_drifted(far, p), sum(values), values)
 
 # %% ../../nbs/monitor/drift.ipynb #e58d49f8
+def _corrected(found: Sequence[ColumnDrift]) -> list[ColumnDrift]:
+    """`found` with the p-values corrected for their number, and the verdicts that follow."""
+    from scipy.stats import false_discovery_control
+
+    values = false_discovery_control([each.p for each in found]).tolist() if found else []
+    return [
+        replace(each, p=p, drifted=is_drifted(each.distance, p))
+        for each, p in zip(found, values, strict=True)
+    ]
+
+# %% ../../nbs/monitor/drift.ipynb #ab52b457
 def drift(baseline: Baseline, observed: pd.DataFrame | Mapping[str, Sequence[int]]) -> list[ColumnDrift]:
     """The drift of each column of `baseline`, in its order, p-values corrected for their number.
 
     `observed` is a window's rows, or the counts of each column in the baseline's bins. Columns that were not
     observed are left out.
     """
-    from scipy.stats import false_discovery_control
-
     seen = {name: reference for name, reference in baseline.features.items() if name in observed}
     if isinstance(observed, Mapping):
         found = [column_drift(seen[name], observed[name], name) for name in seen]
     else:
         found = [column_drift(seen[name], seen[name].count(observed[name]), name) for name in seen]
-    corrected = false_discovery_control([each.p for each in found]).tolist() if found else []
-    return [
-        replace(each, p=p, drifted=is_drifted(each.distance, p))
-        for each, p in zip(found, corrected, strict=True)
-    ]
+    return _corrected(found)
 
 # %% ../../nbs/monitor/drift.ipynb #549d6dec
 def change_places(reference: Histogram) -> list[tuple[str, np.ndarray]]:
@@ -151,7 +167,7 @@ def change_places(reference: Histogram) -> list[tuple[str, np.ndarray]]:
         places += [(above, present & (position > i)), (below, present & (position <= i))]
     return places
 
-
+# %% ../../nbs/monitor/drift.ipynb #d54e3c43
 def largest_change(reference: Histogram, counts: Sequence[int]) -> tuple[str, float, float]:
     """Where most has changed, as text (`≥ 55`, or a bin's label), its share in training and in the window."""
     import numpy as np

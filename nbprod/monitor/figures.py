@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['TRAINING', 'NOW', 'ATTENTION', 'STYLE', 'MAXIMUM_BARS', 'new_figure', 'draw_nothing', 'draw_distances', 'draw_shares',
-           'draw_columns', 'draw_predictions', 'draw_drift_over_time', 'draw_performance', 'draw_counts']
+__all__ = ['TRAINING', 'NOW', 'ATTENTION', 'STYLE', 'MAXIMUM_BARS', 'METRICS', 'new_figure', 'draw_nothing', 'draw_distances',
+           'draw_shares', 'draw_columns', 'draw_predictions', 'draw_drift_over_time', 'draw_performance', 'draw_counts']
 
-# %% ../../nbs/monitor/figures.ipynb #f5e95ce8
+# %% ../../nbs/monitor/figures.ipynb #d3950480
 TRAINING, NOW, ATTENTION = "#a0aec0", "#2b6cb0", "#dd6b20"
 STYLE: Any = {
     "axes.spines.top": False,
@@ -35,6 +35,13 @@ STYLE: Any = {
 }
 
 
+def _styled() -> Any:
+    """The context in which figures are drawn."""
+    import matplotlib.pyplot as plt
+
+    return plt.rc_context(STYLE)
+
+# %% ../../nbs/monitor/figures.ipynb #f5e95ce8
 def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
     """A figure of `width` × `height` inches with rows × columns axes, shown only where it is returned."""
     import matplotlib.pyplot as plt
@@ -42,13 +49,6 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Fi
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
     plt.close(figure)
     return figure, axes.ravel().tolist()
-
-
-def _styled() -> Any:
-    """The context in which figures are drawn."""
-    import matplotlib.pyplot as plt
-
-    return plt.rc_context(STYLE)
 
 # %% ../../nbs/monitor/figures.ipynb #4cf9965d
 def draw_nothing(reason: str) -> Figure:
@@ -140,24 +140,34 @@ def draw_predictions(baseline: Baseline, found: ColumnDrift) -> Figure:
     return figure
 
 # %% ../../nbs/monitor/figures.ipynb #f9090e8f
+def _farthest(periods: Mapping[str, Sequence[ColumnDrift]]) -> list[str]:
+    """The columns, the one that was farthest in any period first."""
+    farthest: dict[str, float] = {}
+    for each in (each for found in periods.values() for each in found):
+        farthest[each.column] = max(each.distance, farthest.get(each.column, 0.0))
+    return sorted(farthest, key=lambda column: -farthest[column])
+
+# %% ../../nbs/monitor/figures.ipynb #ae76fd64
+def _write_distance(axes: Axes, x: float, y: float, found: ColumnDrift) -> None:
+    """Write a distance into the square at (x, y), in bold where the column has drifted."""
+    color = "white" if found.distance > 0.35 else "black"
+    weight = "bold" if found.drifted else "normal"
+    axes.text(x, y, f"{found.distance:.2f}", color=color, weight=weight, ha="center", va="center")
+
+# %% ../../nbs/monitor/figures.ipynb #fdf6fb59
 def draw_drift_over_time(periods: Mapping[str, Sequence[ColumnDrift]], limit: int = 12) -> Figure:
     """The distance of each column (the `limit` farthest) in each period; what drifted is in bold."""
     if not any(periods.values()):
         return draw_nothing("No period has enough rows to be compared on its own.")
     cells = {(each.column, period): each for period, found in periods.items() for each in found}
-    farthest = {column: max(cells[key].distance for key in cells if key[0] == column) for column, _ in cells}
-    columns = sorted(farthest, key=lambda column: -farthest[column])[:limit]
+    columns = _farthest(periods)[:limit]
     values = [[cells[column, period].distance for period in periods] for column in columns]
     with _styled():
         figure, (axes,) = new_figure(1, 1, 8, 0.8 + 0.26 * len(columns))
         axes.imshow(values, cmap="Blues", vmin=0, vmax=0.6, aspect="auto")
         for i, column in enumerate(columns):
             for j, period in enumerate(periods):
-                each = cells[column, period]
-                color = "white" if each.distance > 0.35 else "black"
-                weight = "bold" if each.drifted else "normal"
-                text = axes.text(j, i, f"{each.distance:.2f}", color=color, weight=weight)
-                text.set(ha="center", va="center")
+                _write_distance(axes, j, i, cells[column, period])
         axes.set_xticks(range(len(periods)), list(periods))
         axes.set_yticks(range(len(columns)), columns)
         axes.tick_params(length=0)
@@ -166,28 +176,50 @@ def draw_drift_over_time(periods: Mapping[str, Sequence[ColumnDrift]], limit: in
     return figure
 
 # %% ../../nbs/monitor/figures.ipynb #1d1c6f0d
+METRICS = {
+    "auc": ("auc", "AUC"),
+    "accuracy": ("accuracy", "Accuracy"),
+    "mae": ("mean_absolute_error", "Mean absolute error"),
+}  # realised: on the hold-out, in a title
+
+
+def _judged_by(table: pd.DataFrame) -> str | None:
+    """The first of `METRICS` that is known in some period of `table`."""
+    return next((name for name in METRICS if name in table and table[name].notna().any()), None)
+
+# %% ../../nbs/monitor/figures.ipynb #2cebcc45
+def _draw_metric(axes: Axes, table: pd.DataFrame, name: str, holdout: Mapping[str, float]) -> None:
+    """Draw a realised metric by period, and the line that the hold-out promised."""
+    spread = 2 * table["auc_error"] if name == "auc" else None
+    places, promised = range(len(table)), METRICS[name][0]
+    axes.errorbar(places, table[name], spread, color=NOW, marker="o", capsize=3, label="in service")
+    if promised in holdout:
+        axes.axhline(holdout[promised], color=TRAINING, linestyle="--", label="hold-out")
+
+# %% ../../nbs/monitor/figures.ipynb #f671fcda
+def _draw_positives(axes: Axes, table: pd.DataFrame) -> None:
+    """Draw the shares of positives by period: expected and happened."""
+    places = range(len(table))
+    axes.plot(places, table["expected_positives"], color=TRAINING, marker="o", label="expected")
+    axes.plot(places, table["positives"], color=NOW, marker="o", label="happened")
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.set_ylim(0, None)
+
+# %% ../../nbs/monitor/figures.ipynb #833fd619
 def draw_performance(performance: Performance, holdout: Mapping[str, float]) -> Figure:
     """Realised AUC (else accuracy, else absolute error) by period, against the hold-out's."""
     table = performance.frame()
-    names = {"auc": "auc", "accuracy": "accuracy", "mae": "mean_absolute_error"}
-    name = next((name for name in names if name in table and table[name].notna().any()), None)
+    name = _judged_by(table)
     if name is None:
         return draw_nothing("No outcome is known yet, so nothing can be said about performance.")
     places = range(len(table))
     with _styled():
         figure, axes = new_figure(1, 2 if "expected_positives" in table else 1, 8, 2.8)
-        spread = 2 * table["auc_error"] if name == "auc" else None
-        axes[0].errorbar(places, table[name], spread, color=NOW, marker="o", capsize=3, label="in service")
-        if names[name] in holdout:
-            axes[0].axhline(holdout[names[name]], color=TRAINING, linestyle="--", label="hold-out")
-        title = {"auc": "AUC", "accuracy": "Accuracy", "mae": "Mean absolute error"}[name]
-        axes[0].set_title(f"{title} by {performance.period}")
+        _draw_metric(axes[0], table, name, holdout)
+        axes[0].set_title(f"{METRICS[name][1]} by {performance.period}")
         if len(axes) > 1:
-            axes[1].plot(places, table["expected_positives"], color=TRAINING, marker="o", label="expected")
-            axes[1].plot(places, table["positives"], color=NOW, marker="o", label="happened")
+            _draw_positives(axes[1], table)
             axes[1].set_title(f"Share of positives by {performance.period}")
-            axes[1].yaxis.set_major_formatter("{x:.0%}")
-            axes[1].set_ylim(0, None)
         for place in axes:
             place.set_xticks(places, [f"{start}\n{rows:,} rows" for start, rows in table["rows"].items()])
             place.margins(x=0.15)

@@ -41,7 +41,7 @@ class Finding:
         """The finding as JSON values."""
         return asdict(self)
 
-
+# %% ../../nbs/monitor/findings.ipynb #81b3756d
 def by_severity(findings: Iterable[Finding]) -> list[Finding]:
     """The findings, the most serious first, otherwise in their order."""
     return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
@@ -140,27 +140,35 @@ class Comparison:
     realised: float
     severity: Severity
 
-
+# %% ../../nbs/monitor/findings.ipynb #bd237b4b
 def _graded(amount: float, warning: float, critical: float) -> Severity:
     return "critical" if amount > critical else "warning" if amount > warning else "info"
 
 # %% ../../nbs/monitor/findings.ipynb #5be8c249
+def _fall(promised: float, realised: float, error: float | None, rows: int) -> Severity:
+    """How bad a fall of a share is; `error` is its standard error, where None that of a proportion."""
+    noise = 2 * (error if error is not None else math.sqrt(promised * (1 - promised) / rows))
+    fall = promised - realised if rows >= FEW_OUTCOMES else 0.0
+    return _graded(fall if fall > noise else 0, WARNING_FALL, CRITICAL_FALL)
+
+# %% ../../nbs/monitor/findings.ipynb #4e4897dd
+def _rise(promised: float, realised: float, rows: int) -> Severity:
+    """How bad a rise of an error is, as a ratio; what `rows` outcomes vary by is taken as 1/√rows."""
+    ratio = realised / promised if promised > 0 and rows >= FEW_OUTCOMES else 1.0
+    return _graded(ratio if ratio > 1 + 2 / math.sqrt(rows) else 1, WARNING_RISE, CRITICAL_RISE)
+
+# %% ../../nbs/monitor/findings.ipynb #f98f6660
 def compare(metrics: Metrics, rows: int, holdout: Mapping[str, float]) -> Comparison | None:
     """Realised `metrics` of `rows` outcomes against `holdout`: AUC, else accuracy, else absolute error."""
     for name in ("auc", "accuracy"):
         realised, promised = metrics.get(name), holdout.get(name)
         if realised is not None and promised is not None:
             error = metrics.get("auc_error") if name == "auc" else None
-            noise = 2 * (error if error is not None else math.sqrt(promised * (1 - promised) / rows))
-            fall = promised - realised if rows >= FEW_OUTCOMES else 0.0
-            severity = _graded(fall if fall > noise else 0, WARNING_FALL, CRITICAL_FALL)
-            return Comparison(name, promised, realised, severity)
+            return Comparison(name, promised, realised, _fall(promised, realised, error, rows))
     realised, promised = metrics.get("mae"), holdout.get("mean_absolute_error")
     if realised is None or promised is None:
         return None
-    ratio = realised / promised if promised > 0 and rows >= FEW_OUTCOMES else 1.0
-    severity = _graded(ratio if ratio > 1 + 2 / math.sqrt(rows) else 1, WARNING_RISE, CRITICAL_RISE)
-    return Comparison("mean absolute error", promised, realised, severity)
+    return Comparison("mean absolute error", promised, realised, _rise(promised, realised, rows))
 
 # %% ../../nbs/monitor/findings.ipynb #16a770de
 def _performance_text(compared: Comparison, where: str, rows: int) -> str:

@@ -31,7 +31,7 @@ POLICY = (
     "default-src 'none'; img-src data:; font-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 )
 
-
+# %% ../../nbs/monitor/page.ipynb #cff14f05
 def page(title: str, body: str) -> str:
     """A complete HTML page around `body` (HTML)."""
     return (
@@ -49,7 +49,7 @@ def notebook_page(notebook: Path, title: str) -> str:
     body, _ = exporter.from_filename(str(notebook))
     return page(title, body)
 
-
+# %% ../../nbs/monitor/page.ipynb #bdb6efda
 def write_page(notebook: Path, title: str) -> Path:
     """Write the page of an executed notebook beside it as report.html; returns its path."""
     path = notebook.with_name("report.html")

@@ -78,6 +78,10 @@ class Report:
         return _html(self)
 
 # %% ../../nbs/monitor/report.ipynb #dbe88d2c
+def _read_drift(value: Mapping[str, Any]) -> ColumnDrift:
+    return ColumnDrift(**{**value, "counts": tuple(value["counts"])})
+
+# %% ../../nbs/monitor/report.ipynb #16122982
 def _read_report(value: Mapping[str, Any]) -> Report:
     fields = {name: each for name, each in value.items() if name not in ("report", "notebook")}
     parts = {
@@ -90,10 +94,6 @@ def _read_report(value: Mapping[str, Any]) -> Report:
     }
     return Report(**{**fields, **parts})
 
-
-def _read_drift(value: Mapping[str, Any]) -> ColumnDrift:
-    return ColumnDrift(**{**value, "counts": tuple(value["counts"])})
-
 # %% ../../nbs/monitor/report.ipynb #48808d99
 COLORS = {"critical": "#c53030", "warning": "#b7791f", "info": "#4a5568"}
 
@@ -104,7 +104,7 @@ def _facts(report: Report) -> str:
     outcomes = report.performance.rows + report.performance.unusable
     return f"{report.model}, {start} to {end} UTC: {report.rows:,} rows, {outcomes:,} with a known outcome"
 
-
+# %% ../../nbs/monitor/report.ipynb #c206d866
 def _html(report: Report) -> str:
     rows = "".join(
         f'<tr><td style="color:{COLORS[each.severity]};font-weight:600">{each.severity}</td>'
@@ -117,18 +117,27 @@ def _html(report: Report) -> str:
 FEW_ROWS = 100
 
 
+def _few_rows(rows: int) -> list[Finding]:
+    """A sentence about a window of few `rows`."""
+    if rows >= FEW_ROWS:
+        return []
+    count = "a single row" if rows == 1 else f"only {rows} rows"
+    text = f"The window has {count}: no more than very large changes can be seen."
+    return [Finding("window", None, "info", text)]
+
+# %% ../../nbs/monitor/report.ipynb #7fd498c3
+def _other_versions(others: Mapping[str, int]) -> list[Finding]:
+    """A sentence about the rows that other versions answered, by their tag."""
+    if not others:
+        return []
+    listed = ", ".join(f"{tag} ({rows:,})" for tag, rows in others.items())
+    text = f"Other versions answered {sum(others.values()):,} rows, left out here: {listed}."
+    return [Finding("versions", None, "info", text)]
+
+# %% ../../nbs/monitor/report.ipynb #08e6fa24
 def window_findings(window: Window) -> list[Finding]:
     """Sentences about rows that are few, or that other versions answered."""
-    findings = []
-    if len(window.rows) < FEW_ROWS:
-        count = "a single row" if len(window.rows) == 1 else f"only {len(window.rows)} rows"
-        text = f"The window has {count}: no more than very large changes can be seen."
-        findings.append(Finding("window", None, "info", text))
-    if window.others:
-        listed = ", ".join(f"{tag} ({rows:,})" for tag, rows in window.others.items())
-        text = f"Other versions answered {sum(window.others.values()):,} rows, left out here: {listed}."
-        findings.append(Finding("versions", None, "info", text))
-    return findings
+    return [*_few_rows(len(window.rows)), *_other_versions(window.others)]
 
 # %% ../../nbs/monitor/report.ipynb #47c0f43e
 def assess(window: Window, *, period: str = "month", time: str | Sequence[str] = "time") -> Report:
@@ -178,6 +187,23 @@ def report(
 NOTEBOOK = "nbs/20_report.ipynb"
 
 
+def _report_notebook(path: Path) -> Path:
+    """`path`, if there is a notebook; else an error that says where one comes from."""
+    if not path.is_file():
+        raise NotFoundError(f"There is no report notebook {path}. `nbprod new` makes a project with one.")
+    return path
+
+# %% ../../nbs/monitor/report.ipynb #6720fea1
+def _read_back(path: Path) -> Report:
+    """The report that the executed notebook at `path` has logged, with its page written."""
+    value = collect(json.loads(path.read_bytes())).report
+    if value is None:
+        raise RunError(f"The notebook logged no report: end it with `report.log()`. Executed: {path}", path)
+    found = Report.from_dict(value)
+    html = write_page(path, f"{found.name}: monitoring report")
+    return replace(found, path=path, html=html)
+
+# %% ../../nbs/monitor/report.ipynb #486810ff
 def monitor(
     name: str,
     since: str | timedelta | datetime | None = None,
@@ -195,21 +221,9 @@ def monitor(
     from nbprod.experiment.execution import run
 
     settings = settings or load_settings()
-    source = settings.root / notebook
-    if not source.is_file():
-        raise NotFoundError(f"There is no report notebook {source}. `nbprod new` makes a project with one.")
+    source = _report_notebook(settings.root / notebook)
     moment = since_moment(since)
     read_window(name, moment, settings)
     values = {"name": name, "since": None if moment is None else moment.isoformat(timespec="seconds")}
     executed = run(source, values, settings=settings, progress=progress)
     return _read_back(executed.path)
-
-# %% ../../nbs/monitor/report.ipynb #6720fea1
-def _read_back(path: Path) -> Report:
-    """The report that the executed notebook at `path` has logged, with its page written."""
-    value = collect(json.loads(path.read_bytes())).report
-    if value is None:
-        raise RunError(f"The notebook logged no report: end it with `report.log()`. Executed: {path}", path)
-    found = Report.from_dict(value)
-    html = write_page(path, f"{found.name}: monitoring report")
-    return replace(found, path=path, html=html)

@@ -30,20 +30,23 @@ __all__ = ['UNITS', 'SMALLEST_PERIOD', 'since_moment', 'Window', 'read_window', 
 UNITS = {"w": "weeks", "d": "days", "h": "hours", "m": "minutes"}
 
 
+def _read_since(text: str) -> timedelta | datetime:
+    """A length of time or a moment from its text; raises `UsageError` where it is neither."""
+    if match := re.fullmatch(r"(\d{1,6})([wdhm])", text.strip()):
+        return timedelta(**{UNITS[match[2]]: int(match[1])})
+    try:
+        return datetime.fromisoformat(text.strip())
+    except ValueError:
+        raise UsageError(f"since = {text!r} must be like 7d, 12h, 30m, 2w or 2026-11-22T09:00.") from None
+
+# %% ../../nbs/monitor/window.ipynb #9f0008e5
 def since_moment(since: str | timedelta | datetime | None, now: datetime | None = None) -> datetime | None:
     """The moment (UTC) that `since` means: 7d, 12h, 30m, 2w back from `now`, or an ISO 8601 time; None stays.
 
     A time without a zone is UTC. Raises `UsageError` for a text that is neither.
     """
     if isinstance(since, str):
-        if match := re.fullmatch(r"(\d{1,6})([wdhm])", since.strip()):
-            since = timedelta(**{UNITS[match[2]]: int(match[1])})
-        else:
-            try:
-                since = datetime.fromisoformat(since.strip())
-            except ValueError:
-                message = f"since = {since!r} must be like 7d, 12h, 30m, 2w or 2026-11-22T09:00."
-                raise UsageError(message) from None
+        since = _read_since(since)
     if isinstance(since, timedelta):
         return (now or datetime.now(UTC)) - since
     if since is not None and since.tzinfo is None:
@@ -87,7 +90,21 @@ class Window:
         texts = [None if moment is None else moment.isoformat(timespec="seconds") for moment in moments]
         return dict(zip(("since", "start", "end"), texts, strict=True))
 
+# %% ../../nbs/monitor/window.ipynb #2d82edfd
+def _chosen_version(name: str, counts: Counter[str], settings: Settings | None) -> str:
+    """The tag that `name` says, else that with the most rows in `counts`; "" where there are none."""
+    if re.search("[:@]", name):
+        return resolve(name, settings).tag
+    return counts.most_common(1)[0][0] if counts else ""
+
 # %% ../../nbs/monitor/window.ipynb #dade375c
+def _nothing_logged(name: str, since: datetime | None, counts: Counter[str]) -> NotFoundError:
+    """The error for a window without rows; `counts` are the rows of the other versions in it."""
+    when = f" since {since:%Y-%m-%d %H:%M} UTC" if since else ""
+    other = f" Other versions answered {counts.total():,} rows." if counts else ""
+    return NotFoundError(f"{name} has answered no request{when}, so there is nothing to report.{other}")
+
+# %% ../../nbs/monitor/window.ipynb #8d00d58f
 def read_window(
     name: str, since: str | timedelta | datetime | None = None, settings: Settings | None = None
 ) -> Window:
@@ -98,12 +115,9 @@ def read_window(
     moment, base = since_moment(since), re.split("[:@]", name)[0]
     logged = predictions(base, moment, settings)
     counts = Counter(logged["model"].tolist())
-    most = counts.most_common(1)[0][0] if counts else ""
-    tag = most if base == name else resolve(name, settings).tag
+    tag = _chosen_version(name, counts, settings)
     if not counts[tag]:
-        when = f" since {moment:%Y-%m-%d %H:%M} UTC" if moment else ""
-        other = f" Other versions answered {counts.total():,} rows." if counts else ""
-        raise NotFoundError(f"{name} has answered no request{when}, so there is nothing to report.{other}")
+        raise _nothing_logged(name, moment, counts)
     told = feedback(base, moment, settings)
     rows, known = (each[each["model"] == tag].reset_index(drop=True) for each in (logged, told))
     del counts[tag]

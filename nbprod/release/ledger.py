@@ -20,7 +20,7 @@ from typing import Any
 from ..errors import NotFoundError, ReleaseError, UsageError, did_you_mean
 from ..model.artifact import recover
 from ..model.store import Model, load, make_importable
-from .gates import pass_gates
+from .gates import Gate, pass_gates
 from ..settings import Settings, load_settings
 
 # %% auto #0
@@ -51,7 +51,7 @@ class Release:
 def _ledger(name: str, settings: Settings) -> Path:
     return settings.releases / f"{name}.jsonl"
 
-
+# %% ../../nbs/release/ledger.ipynb #435905bf
 def releases(name: str, settings: Settings | None = None) -> list[Release]:
     """Every release of the model `name`, oldest first; empty where there was none."""
     path = _ledger(name, settings or load_settings())
@@ -72,7 +72,7 @@ def _locked(path: Path) -> Iterator[int]:
     finally:
         os.close(descriptor)
 
-
+# %% ../../nbs/release/ledger.ipynb #4846e2ed
 def _append(descriptor: int, path: Path, release: Release) -> None:
     content = path.read_bytes()
     if content and not content.endswith(b"\n"):
@@ -91,7 +91,7 @@ def _stack(entries: list[Release], alias: str) -> list[str]:
             stack.append(entry.model)
     return stack
 
-
+# %% ../../nbs/release/ledger.ipynb #1fb01f6f
 def aliases(name: str, settings: Settings | None = None) -> dict[str, str]:
     """The aliases of the model `name` and the tag that each stands for now."""
     return {entry.alias: entry.model for entry in releases(name, settings)}
@@ -110,12 +110,12 @@ def resolve(model: str, settings: Settings | None = None) -> Model:
     make_importable(found.library, settings.root)
     return found
 
-
+# %% ../../nbs/release/ledger.ipynb #bc4bc6e1
 def load_model(model: str) -> Model:
     """The model of `name:version`, `name:latest` or `name@alias`, ready to predict."""
     return resolve(model)
 
-# %% ../../nbs/release/ledger.ipynb #85848527
+# %% ../../nbs/release/ledger.ipynb #6237c7b9
 def _check_alias(alias: str) -> None:
     if not re.fullmatch(r"[a-z][a-z0-9_-]{0,31}", alias) or alias == "latest":
         raise UsageError(
@@ -123,21 +123,27 @@ def _check_alias(alias: str) -> None:
             "letter; 'latest' always means the newest version."
         )
 
-
+# %% ../../nbs/release/ledger.ipynb #3d7f650b
 def _entry(action: str, alias: str, model: str, previous: str | None, why: str) -> Release:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return Release(now, action, alias, model, previous, getpass.getuser(), why)
 
+# %% ../../nbs/release/ledger.ipynb #ed39f577
+def _passed_gates(model: Model, alias: str) -> list[Gate]:
+    """The gates that `model` passed on its way to `alias`; raises `ReleaseError` if one refuses it."""
+    found = pass_gates(model)
+    refusals = [gate.text for gate in found if not gate.passed]
+    if refusals:
+        raise ReleaseError(f"{model.tag} was not promoted to {alias!r}: {' '.join(refusals)}")
+    return found
 
+# %% ../../nbs/release/ledger.ipynb #85848527
 def promote(model: str, alias: str, why: str = "", *, settings: Settings | None = None) -> Release:
     """Let `alias` stand for `model`; returns the entry. Raises `ReleaseError` if a gate refuses the model."""
     _check_alias(alias)
     settings = settings or load_settings()
     chosen = resolve(model, settings)
-    found = pass_gates(chosen)
-    refusals = [gate.text for gate in found if not gate.passed]
-    if refusals:
-        raise ReleaseError(f"{chosen.tag} was not promoted to {alias!r}: {' '.join(refusals)}")
+    found = _passed_gates(chosen, alias)
     path = _ledger(chosen.name, settings)
     with _locked(path) as descriptor:
         entries = [entry for entry in releases(chosen.name, settings) if entry.alias == alias]

@@ -32,7 +32,7 @@ def stopped(state: dict[str, Any], when: datetime) -> dict[str, Any]:
     """The last state of all: what was seen, and until when."""
     return {**state, "status": "stopped", "message": f"watched until {when:%Y-%m-%d %H:%M:%S}"}
 
-
+# %% ../../nbs/widgets/dashboard.ipynb #c1b64208
 def remains(state: dict[str, Any], png: bytes | None = None) -> dict[str, str]:
     """The output that a dashboard leaves in the notebook, by MIME type: its description and its picture."""
     bundle = {"text/plain": describe(state)}
@@ -70,10 +70,10 @@ def later(seconds: float, call: Callable[[], object]) -> None:
     timer.daemon = True
     timer.start()
 
-# %% ../../nbs/widgets/dashboard.ipynb #cdf08029
+# %% ../../nbs/widgets/dashboard.ipynb #1bc561c8
 STATIC = Path(str(files("nbprod"))) / "widgets" / "static"
 
-
+# %% ../../nbs/widgets/dashboard.ipynb #cdf08029
 class Dashboard(anywidget.AnyWidget):
     """Live metrics of the model served at `url`, from when it is displayed until `stop()`.
 

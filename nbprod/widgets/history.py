@@ -29,7 +29,7 @@ class Watched:
     commit: str | None = None
     baseline: Baseline | None = None
 
-
+# %% ../../nbs/widgets/history.ipynb #da0a4448
 def read_model(document: Mapping[str, Any]) -> Watched:
     """The answer of `GET /model` as facts; what it does not say stays empty."""
     profile = document.get("baseline")

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,14 @@ def connection(history: History, now: float) -> tuple[str, str]:
     return state, f"last answer {duration(silent)} ago{': ' if history.trouble else ''}{history.trouble}"
 
 # %% ../../nbs/widgets/snapshot.ipynb #e5d83b8b
+def _summed(steps: Sequence[Counted]) -> Counted:
+    """The counts of all `steps` together, of the features that the last one knows."""
+    return Counted(
+        predictions=add(each.predictions for each in steps),
+        features={name: add(each.features.get(name, {}) for each in steps) for name in steps[-1].features},
+    )
+
+# %% ../../nbs/widgets/snapshot.ipynb #8dbaf768
 ENOUGH_ROWS = 1000
 
 
@@ -54,17 +62,19 @@ def compared(history: History) -> tuple[Counted, str]:
     rows = sum(sum(each.rows.values()) for each in steps)
     span = min(history.window, sum(each.seconds for each in history.moments))
     if rows >= ENOUGH_ROWS:
-        names = steps[-1].features
-        recent = Counted(
-            predictions=add(each.predictions for each in steps),
-            features={name: add(each.features.get(name, {}) for each in steps) for name in names},
-        )
-        return recent, f"{rows:,.0f} rows of the last {duration(span)}"
+        return _summed(steps), f"{rows:,.0f} rows of the last {duration(span)}"
     counted = history.latest or Counted()
     total = sum(counted.rows.values())
     return counted, f"all {total:,.0f} rows since the service started" if total else "no rows yet"
 
 # %% ../../nbs/widgets/snapshot.ipynb #0f8d2184
+def _edge_marks(edges: Sequence[float], size: int) -> list[tuple[float, str]]:
+    """Three or so of the `edges` between bins of equal width, `size` of which are drawn."""
+    bins = len(edges) + 1
+    every = max(1, round(bins / 4))
+    return [(i / size, f"{edges[i - 1]:.3g}") for i in range(every, bins, every)]
+
+# %% ../../nbs/widgets/snapshot.ipynb #a3f87350
 def marks(histogram: Histogram, shown: list[int], score: bool = False) -> list[tuple[float, str]]:
     """Places (0 to 1) along the bins that are `shown`, and the texts to write there; at most six.
 
@@ -72,8 +82,7 @@ def marks(histogram: Histogram, shown: list[int], score: bool = False) -> list[t
     """
     size, bins = len(shown), len(histogram.edges) + 1
     if histogram.kind == "numeric" and bins > 1 and not histogram.spikes:
-        every = max(1, round(bins / 4))
-        inner = [(i / size, f"{histogram.edges[i - 1]:.3g}") for i in range(every, bins, every)]
+        inner = _edge_marks(histogram.edges, size)
         return [(0.0, "0"), *inner, (bins / size, "1")] if score else inner
     named = [i for i in shown if histogram.labels[i] not in (OTHER, MISSING)]
     every = max(1, math.ceil(len(named) / 6))
@@ -101,13 +110,18 @@ def distribution(baseline: Baseline, counted: Counted, period: str) -> dict[str,
     }
 
 # %% ../../nbs/widgets/snapshot.ipynb #03472a51
-def by_feature(baseline: Baseline, counted: Counted, period: str) -> dict[str, Any]:
-    """The drift of each feature, the furthest from training first, with the distance that counts as drift."""
+def _feature_counts(baseline: Baseline, counted: Counted) -> dict[str, list[int]]:
+    """The counts (bins,) of each feature that was counted at all, by its name."""
     counts = {
         name: bin_counts(counted.features.get(name, {}), len(histogram.labels)).astype(int).tolist()
         for name, histogram in baseline.features.items()
     }
-    found = drift(baseline, {name: each for name, each in counts.items() if any(each)})
+    return {name: each for name, each in counts.items() if any(each)}
+
+# %% ../../nbs/widgets/snapshot.ipynb #1979f8eb
+def by_feature(baseline: Baseline, counted: Counted, period: str) -> dict[str, Any]:
+    """The drift of each feature, the furthest from training first, with the distance that counts as drift."""
+    found = drift(baseline, _feature_counts(baseline, counted))
     columns = [
         {"name": each.column, "distance": rounded([each.distance])[0], "drifted": bool(each.drifted)}
         for each in sorted(found, key=lambda each: -each.distance)

@@ -46,7 +46,7 @@ def check_times(interval: float, window: float) -> None:
 class Unreachable(Exception):
     """The service did not answer as it should; the text is short and meant to be shown."""
 
-
+# %% ../../nbs/widgets/watching.ipynb #8363b808
 def trouble(error: Exception, timeout: float) -> str:
     """A network error in few words."""
     reason = getattr(error, "reason", error)
@@ -70,7 +70,7 @@ def read_page(url: str, timeout: float) -> bytes:
                 raise TimeoutError
     return body
 
-
+# %% ../../nbs/widgets/watching.ipynb #90c24609
 def fetch(url: str, timeout: float = TIMEOUT) -> bytes | None:
     """The body at `url`, None where there is no such page (404); raises `Unreachable` for all else."""
     try:
@@ -90,7 +90,7 @@ def watched_model(page: bytes | None) -> Watched:
     except (ValueError, TypeError, LookupError, AttributeError):
         return Watched()
 
-# %% ../../nbs/widgets/watching.ipynb #1199585d
+# %% ../../nbs/widgets/watching.ipynb #3b5eae96
 def read_service(history: History) -> Scrape:
     """The service's metrics now; `history` is told if another model answers than before."""
     page = fetch(f"{history.url}/metrics")
@@ -105,7 +105,7 @@ def read_service(history: History) -> Scrape:
             history.watch(watched)
     return scrape
 
-
+# %% ../../nbs/widgets/watching.ipynb #1199585d
 def ask(history: History) -> None:
     """Ask the service of `history` once, and write down what came of it."""
     try:
