@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
+from ..experiment.lineage import live_lineage
 from ..experiment.recording import current_run, emit
 from ..files import is_held
 from .baseline import profile
 from .contract import Contract, infer_contract, plain_rows
 from .pipeline import Answer, answer, write_pipeline
 from .store import commit, staging_folder
-from ..settings import Settings, bentoml_home, load_settings
+from ..settings import Settings, bentoml_home, find_project, load_settings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from nbprod.experiment.runs import Run
 
 # %% auto #0
-__all__ = ['TYPICAL_EXAMPLES', 'golden_examples', 'holdout_metrics', 'check_name', 'estimator_name', 'stage', 'log_model',
-           'commit_staged', 'recover']
+__all__ = ['TYPICAL_EXAMPLES', 'NOT_SERVED', 'golden_examples', 'holdout_metrics', 'check_name', 'estimator_name', 'stage',
+           'log_model', 'commit_staged', 'recover']
 
 # %% ../../nbs/model/artifact.ipynb #0978ce9d
 TYPICAL_EXAMPLES = 24
@@ -178,6 +179,19 @@ def _keep(folder: Path, target: Path, name: str) -> None:
     target.parent.mkdir(exist_ok=True)
     folder.rename(target)
 
+# %% ../../nbs/model/artifact.ipynb #5e0c9a72
+NOT_SERVED = {"packages", "interpreter", "machine"}
+
+
+def _note_origin(folder: Path, settings: Settings) -> None:
+    """Add to the facts of a model that is logged by hand in a project what the kernel knows of its origin."""
+    if find_project() is None:
+        return
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    made = live_lineage(settings.root, folder).items()
+    lineage = {key: value for key, value in made if key not in NOT_SERVED}
+    _write_json(folder / "facts.json", facts | {"lineage": lineage})
+
 # %% ../../nbs/model/artifact.ipynb #a1e14a6e
 def log_model(
     model: Any,
@@ -199,6 +213,7 @@ def log_model(
     with staging_folder(context.folder if context else bentoml_home() / "tmp") as folder:
         stage(folder, tag, model, inputs, labels, training, settings)
         if context is None:
+            _note_origin(folder, settings)
             commit(folder, tag)
         else:
             _keep(folder, context.folder / "model" / name, name)
@@ -212,7 +227,7 @@ def commit_staged(run: Run, _settings: Settings) -> None:
 
     Takes what execution tells its listeners: the run and the project's settings.
     """
-    lineage = {key: value for key, value in run.lineage.items() if key != "packages"}
+    lineage = {key: value for key, value in run.lineage.items() if key not in NOT_SERVED}
     for folder in sorted((run.folder / "model").glob("*")):
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         about = {"run": run.id, "params": run.params, "metrics": run.metrics, "lineage": lineage}
