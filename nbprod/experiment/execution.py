@@ -20,19 +20,20 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CellError, RunError, UsageError
+from .kernels import WarmKernels, warm_kernels
 from .lineage import lineage
 from .notebook import parse_notebook, read_content
 from .parameters import Parameter, check_values, effective_values, notebook_parameters
 from .progress import Listener, cell_progress
 from .recording import METADATA_KEY, NOTEBOOK_NAME, read_record, write_notebook
 from .runs import INTERRUPTED, STAGED, Run, close_record, run_from_record
-from .supervision import CANCELLED, Worker, close, follow
+from .supervision import CANCELLED, Worker, close, follow, start_worker
 from ..files import hold
 from ..settings import Settings, find_project, load_settings
 
 # %% auto #0
 __all__ = ['LEFTOVERS', 'LOG_NAME', 'Source', 'open_source', 'storing', 'new_id', 'make_folder', 'fresh_notebook', 'first_record',
-           'settle', 'on_success', 'announce', 'execute', 'run_failure', 'run']
+           'settle', 'on_success', 'announce', 'kernels_for', 'execute', 'run_failure', 'run']
 
 # %% ../../nbs/experiment/execution.ipynb #b04c1d90
 @dataclass(frozen=True)
@@ -211,6 +212,19 @@ def _task(source: Source, values: Mapping[str, Any], folder: Path, scratch: str)
     }
 
 # %% ../../nbs/experiment/execution.ipynb #d9dcdfcc
+def kernels_for(
+    source: Source, runs: int, threads: int | None
+) -> contextlib.AbstractContextManager[WarmKernels | str]:
+    """Warm kernels for that many runs of a notebook, or the reason why there are none."""
+    if runs < 2:
+        return contextlib.nullcontext("it is a single run")
+    notebook = parse_notebook(source.content, source.path)
+    cells = [cell for cell in notebook["cells"] if cell.get("cell_type") == "code"]
+    texts = ["".join(cell.get("source") or ()) for cell in cells]
+    language = _task(source, {}, source.path, "")["language"]
+    return warm_kernels(texts, language, source.settings.root, source.path.parent, threads)
+
+# %% ../../nbs/experiment/execution.ipynb #46cd3f26
 def execute(
     source: Source,
     values: Mapping[str, Any],
@@ -220,11 +234,12 @@ def execute(
     threads: int | None = None,
     cancelled: threading.Event | None = None,
     on_event: Listener = lambda _: None,
+    warm: WarmKernels | str = "it is a single run",
 ) -> Run:
     """Execute a notebook with values that were checked, and return the run however it ended.
 
-    `threads` is how many threads a numeric library may use in it; setting `cancelled` stops it. Raises
-    `RunError` if the record cannot be written or a listener fails.
+    `threads` is how many threads a numeric library may use in it; setting `cancelled` stops it; `warm` are
+    kernels that it may use, or the reason why there are none. Raises `RunError` if the record cannot be written or a listener fails.
     """
     folder = make_folder(source.settings, datetime.now(UTC))
     path, lock = folder / NOTEBOOK_NAME, hold(folder)
@@ -232,9 +247,11 @@ def execute(
         with storing(path):
             write_notebook(path, fresh_notebook(source, first_record(source, values, folder, sweep)))
         with tempfile.TemporaryDirectory(prefix="nbprod-", ignore_cleanup_errors=True) as scratch:
-            task = _task(source, values, folder, scratch) | {"threads": threads}
+            cold = warm if isinstance(warm, str) else warm.reason
+            task = _task(source, values, folder, scratch) | {"threads": threads, "cold": cold}
+            start = start_worker if isinstance(warm, str) or cold else warm.start
             with storing(folder / LOG_NAME):
-                worker = Worker(task, folder / LOG_NAME, lock)
+                worker = Worker(task, folder / LOG_NAME, lock, start)
             try:
                 follow(worker, timeout, cancelled or threading.Event(), on_event)
             finally:
