@@ -141,7 +141,7 @@ LOG_NAME = "worker.log"
 
 def _unfinished(worker: Worker, log: Path) -> tuple[str, str]:
     """Status and error message of a run whose record says that it still runs, though the worker has ended."""
-    code = worker.process.returncode
+    code = worker.process.wait()
     if worker.reason is not None:
         return worker.reason["status"], worker.reason["error"]
     if code < 0:
@@ -239,7 +239,8 @@ def execute(
     """Execute a notebook with values that were checked, and return the run however it ended.
 
     `threads` is how many threads a numeric library may use in it; setting `cancelled` stops it; `warm` are
-    kernels that it may use, or the reason why there are none. Raises `RunError` if the record cannot be written or a listener fails.
+    kernels that it may use, or the reason why there are none. Raises `RunError` if the record cannot be
+    written or a listener fails.
     """
     folder = make_folder(source.settings, datetime.now(UTC))
     path, lock = folder / NOTEBOOK_NAME, hold(folder)

@@ -121,6 +121,7 @@ class ForkedProcess:
         self._lock = threading.Lock()
         facts = self._receive(None)
         if "pid" not in facts:
+            report.close()
             raise ChildProcessError("The process that would have been forked from has ended.")
         self.pid = int(facts["pid"])
 
@@ -143,6 +144,8 @@ class ForkedProcess:
         with self._lock:
             if self.returncode is None:
                 self.returncode = self._receive(timeout).get("code")
+                if self.returncode is not None:
+                    self.report.close()
             return self.returncode
 
     def poll(self) -> int | None:

@@ -21,8 +21,8 @@ from .forking import ForkedProcess, ForkServer, serve
 from .preloading import Import, installed_imports, preload, lasting_threads
 
 # %% auto #0
-__all__ = ['KERNEL_SERVER', 'INLINE', 'STARTUP', 'UNUSED', 'WORKER_SERVER', 'kernel_environment', 'serve_kernels',
-           'become_kernel', 'serve_workers', 'why_not', 'WarmKernels', 'warm_kernels']
+__all__ = ['KERNEL_SERVER', 'INLINE', 'UNUSED', 'WORKER_SERVER', 'kernel_environment', 'serve_kernels', 'become_kernel',
+           'serve_workers', 'why_not', 'WarmKernels', 'warm_kernels']
 
 # %% ../../nbs/experiment/kernels.ipynb #10e185c0
 def kernel_environment(environ: Mapping[str, str], task: Mapping[str, Any]) -> dict[str, str]:
@@ -49,7 +49,6 @@ from nbprod.experiment.kernels import serve_kernels
 serve_kernels()
 """
 INLINE = "module://matplotlib_inline.backend_inline"
-STARTUP = ("ipykernel.kernelapp", "ipykernel.datapub", "IPython.core.completerlib")
 
 
 def serve_kernels() -> None:
@@ -73,7 +72,8 @@ def serve_kernels() -> None:
     gc.freeze()
     with contextlib.suppress(OSError):
         control.send(json.dumps({"threads": lasting_threads(), "skipped": skipped}).encode())
-    become_kernel(*serve(control, orphans=False), changed)
+    told, log = serve(control, orphans=False)
+    become_kernel(told, log, changed)
     ipykernel.kernelapp.launch_new_instance()
 
 # %% ../../nbs/experiment/kernels.ipynb #aed51e97

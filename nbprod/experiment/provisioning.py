@@ -111,4 +111,5 @@ def use_forked(manager: KernelManager, process: ForkedProcess) -> None:
     place = f"{ForkedProvisioner.__module__}:{ForkedProvisioner.__name__}"
     factory.provisioners[FORKED] = EntryPoint(FORKED, place, "jupyter_client.kernel_provisioners")
     config = {"provisioner_name": FORKED, "config": {"forked": process}}
+    assert manager.kernel_spec is not None
     manager.kernel_spec.metadata["kernel_provisioner"] = config

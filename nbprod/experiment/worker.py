@@ -119,7 +119,8 @@ class Execution:
             reason = "its processes were forked from ones that have imported its libraries"
             if not is_this_python(manager):
                 reason = f"the kernel {manager.kernel_name} is not the plain kernel of this Python"
-                self.forked = self.forked.close()
+                self.forked.close()
+                self.forked = None
             else:
                 try:
                     use_forked(manager, ForkedProcess(self.forked))
@@ -252,6 +253,7 @@ def execute(execution: Execution) -> None:
         failure = cell_failure(error)
     except Exception as error:
         traceback.print_exc()
+        execution.signal_kernel(signal.SIGKILL)  # it has gone, but what it started may be left
         failure = other_failure(error, execution.position)
     end(execution, failure)
 
