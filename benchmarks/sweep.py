@@ -90,7 +90,9 @@ def by_papermill(folder: Path, jobs: int) -> list[float]:
 
     def one(seed: int) -> float:
         output = f"out-{seed}.ipynb"
-        execute(folder, "-m", "papermill", "train.ipynb", output, "-p", "seed", str(seed), "--no-progress-bar")
+        execute(
+            folder, "-m", "papermill", "train.ipynb", output, "-p", "seed", str(seed), "--no-progress-bar"
+        )
         outputs = json.loads((folder / output).read_text())["cells"][-1]["outputs"]
         return float(outputs[-1]["data"]["text/plain"][0].removeprefix("np.float64(").removesuffix(")"))
 
