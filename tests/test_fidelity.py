@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,7 @@ def test_other_kernels_are_not_forked(project: Path, monkeypatch: pytest.MonkeyP
 
 ENDLESS = """
 import os, subprocess, time
+from importlib.metadata import entry_points
 from pathlib import Path
 child = subprocess.Popen(["sleep", "600"])
 Path(os.environ["NBPROD_RUN"], "kernel").write_text(f"{os.getpid()} {os.getppid()} {child.pid}")
@@ -237,3 +239,13 @@ def test_killed_warm_run(project: Path, victim: str) -> None:
     wait_for(lambda: not any(alive(pid) for pid in ours), f"all of {ours} to go", 15)
     ended = {"kernel": "failed", "server": "failed"}.get(victim, "interrupted")
     wait_for(lambda: {run.status for run in runs()} == {ended}, "the records", 10)
+
+
+def test_papermill_finds_the_engine(tmp_path: Path) -> None:
+    """`papermill --engine nbprod` on a notebook of no project."""
+    if not entry_points(group="papermill.engine", name="nbprod"):
+        pytest.skip("nbprod was installed before it had the entry point; install it again")
+    notebook = write_notebook(tmp_path / "any.ipynb", "seed = 0", "print(seed + 1)")
+    command = ["papermill", "--engine", "nbprod", "-k", "python3", "-l", "python", "-p", "seed", "41"]
+    subprocess.run([*command, str(notebook), str(tmp_path / "out.ipynb")], check=True, capture_output=True)
+    assert cells_of(tmp_path / "out.ipynb")[-1]["outputs"][0]["text"] == "42\n"
