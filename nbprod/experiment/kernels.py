@@ -55,18 +55,18 @@ def serve_kernels() -> None:
     """Import, and be copied for each kernel that is asked for; the program of a server."""
     control = socket.socket(fileno=int(sys.argv[1]))
     arguments = json.loads(sys.argv[2])
+    before = dict(os.environ)
     os.environ["JPY_PARENT_PID"] = str(os.getpid())  # read by ipykernel when it is imported
     import ipykernel.kernelapp
 
     os.environ["MPLBACKEND"] = INLINE
-    before = dict(os.environ)
     skipped = arguments["skipped"]
     noticed = preload(arguments["imports"], skipped)
     if noticed:
         os.set_inheritable(control.fileno(), True)
         again = json.dumps(arguments | {"skipped": skipped | noticed})
-        os.environ.pop("MPLBACKEND")
-        os.execv(sys.executable, [sys.executable, "-c", KERNEL_SERVER, str(control.detach()), again])
+        command = [sys.executable, "-c", KERNEL_SERVER, str(control.detach()), again]
+        os.execve(sys.executable, command, before)
     changed = {name: value for name, value in os.environ.items() if before.get(name) != value}
     gc.collect()
     gc.freeze()
