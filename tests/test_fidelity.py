@@ -85,7 +85,9 @@ CORPUS = {
     ],
     "surroundings": [
         "import os, signal, sys",
-        "sorted(set(os.environ) - {'NBPROD_RUN', 'OMP_WAIT_POLICY', '_'})",
+        # The last of these is set by papermill's command line for itself, and so inherited.
+        "ours = {'NBPROD_RUN', 'OMP_WAIT_POLICY', '_', 'PYDEVD_DISABLE_FILE_VALIDATION'}",
+        "sorted(set(os.environ) - ours)",
         "signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGCHLD), os.getpgid(0) == os.getpid()",
         "os.path.basename(os.getcwd()), sys.stdin.isatty(), sys.stdout.isatty(), sys.stdout.encoding",
         "sorted(int(name) for name in os.listdir('/proc/self/fd') if int(name) < 3)",
