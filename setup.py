@@ -33,5 +33,8 @@ setup(
     package_data={"nbprod": ["py.typed", "widgets/static/*", "templates/**/*", "templates/**/.*"]},
     install_requires=lines(METADATA["requirements"]),
     extras_require={name: lines(SETTINGS["extras"][name]) for name in EXTRAS},
-    entry_points={"console_scripts": ["nbprod=nbprod.cli:main"]},
+    entry_points={
+        "console_scripts": ["nbprod=nbprod.cli:main"],
+        "papermill.engine": ["nbprod=nbprod.experiment.engine:NotebookEngine"],
+    },
 )

@@ -20,35 +20,30 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CellError, RunError, UsageError
+from .kernels import WarmKernels, warm_kernels
 from .lineage import lineage
 from .notebook import parse_notebook, read_content
-from .parameters import TAG, Parameter, check_values, effective_values
-from .parameters import injected_cell, notebook_parameters, secret_variables
+from .parameters import Parameter, check_values, effective_values, notebook_parameters
 from .progress import Listener, cell_progress
 from .recording import METADATA_KEY, NOTEBOOK_NAME, read_record, write_notebook
 from .runs import INTERRUPTED, STAGED, Run, close_record, run_from_record
-from .supervision import CANCELLED, Worker, close, follow
-from .values import plain
+from .supervision import CANCELLED, Worker, close, follow, start_worker
 from ..files import hold
 from ..settings import Settings, find_project, load_settings
 
 # %% auto #0
-__all__ = ['LEFTOVERS', 'LOG_NAME', 'Source', 'open_source', 'storing', 'new_id', 'make_folder', 'fresh_notebook', 'inject',
-           'first_record', 'settle', 'on_success', 'announce', 'execute', 'run_failure', 'run']
+__all__ = ['LEFTOVERS', 'LOG_NAME', 'Source', 'open_source', 'storing', 'new_id', 'make_folder', 'fresh_notebook', 'first_record',
+           'settle', 'on_success', 'announce', 'kernels_for', 'execute', 'run_failure', 'run']
 
 # %% ../../nbs/experiment/execution.ipynb #b04c1d90
 @dataclass(frozen=True)
 class Source:
-    """A notebook to execute: its path, its bytes, its parameters, and the settings of its project.
-
-    `reproduces` is the id of the run that is executed again, if it is that.
-    """
+    """A notebook to execute: its path, its bytes, its parameters, and the settings of its project."""
 
     path: Path
     content: bytes
     parameters: list[Parameter]
     settings: Settings
-    reproduces: str | None = None
 
     @property
     def name(self) -> str:
@@ -116,48 +111,16 @@ def fresh_notebook(source: Source, record: Mapping[str, Any]) -> dict[str, Any]:
     metadata.pop("papermill", None)
     return notebook | {"cells": cells, "metadata": metadata | {METADATA_KEY: dict(record)}}
 
-# %% ../../nbs/experiment/execution.ipynb #a18aa9e7
-def _language(notebook: Mapping[str, Any]) -> str:
-    """The language of a notebook; Python where it does not say."""
-    metadata = notebook.get("metadata") or {}
-    kernel, info = metadata.get("kernelspec") or {}, metadata.get("language_info") or {}
-    return str(info.get("name") or kernel.get("language") or "python")
-
-
-def inject(notebook: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """`notebook` with a cell that assigns `values` below its parameters cell."""
-    if not values or _language(notebook) != "python":
-        return notebook
-    cells = notebook["cells"]
-    after = [
-        index + 1
-        for index, cell in enumerate(cells)
-        if cell.get("cell_type") == "code" and TAG in _tags(cell)
-    ]
-    cell: dict[str, Any] = {
-        "cell_type": "code",
-        "execution_count": None,
-        "metadata": {"tags": ["injected-parameters"]},
-        "outputs": [],
-        "source": injected_cell(values),
-    }
-    if (notebook.get("nbformat", 4), notebook.get("nbformat_minor", 0)) >= (4, 5):
-        cell["id"] = secrets.token_hex(4)
-    return notebook | {"cells": [*cells[: after[0]], cell, *cells[after[0] :]]}
-
 # %% ../../nbs/experiment/execution.ipynb #665891a9
 def first_record(
     source: Source, values: Mapping[str, Any], folder: Path, sweep: str | None = None
 ) -> dict[str, Any]:
-    """The record of a run that is about to start; its uncommitted changes are kept in `folder`."""
-    params, settings = effective_values(source.parameters, values), source.settings
-    library, content = settings.library, source.content
-    origin = lineage(source.path, settings.root, content, library=library, parameters=params, keep=folder)
+    """The record of a run that is about to start."""
     return {
         "run": folder.name,
         "status": "running",
         "notebook": source.name,
-        "params": params,
+        "params": effective_values(source.parameters, values),
         "sweep": sweep,
         "metrics": {},
         "data": {},
@@ -167,7 +130,7 @@ def first_record(
         "started": datetime.now(UTC).isoformat(),
         "ended": None,
         "seconds": None,
-        "lineage": origin | ({"reproduces": source.reproduces} if source.reproduces else {}),
+        "lineage": lineage(source.path, source.settings.root, source.content),
         "pid": os.getpid(),
         "host": platform.node(),
     }
@@ -178,7 +141,7 @@ LOG_NAME = "worker.log"
 
 def _unfinished(worker: Worker, log: Path) -> tuple[str, str]:
     """Status and error message of a run whose record says that it still runs, though the worker has ended."""
-    code = worker.process.returncode
+    code = worker.process.wait()
     if worker.reason is not None:
         return worker.reason["status"], worker.reason["error"]
     if code < 0:
@@ -235,23 +198,33 @@ def announce(run: Run, settings: Settings) -> None:
 # %% ../../nbs/experiment/execution.ipynb #9c18111e
 def _task(source: Source, values: Mapping[str, Any], folder: Path, scratch: str) -> dict[str, Any]:
     """What a worker has to know."""
-    notebook = parse_notebook(source.content, source.path)
-    kernel, language = (notebook.get("metadata") or {}).get("kernelspec") or {}, _language(notebook)
-    given = {name: plain(value) for name, value in values.items()}
+    metadata = parse_notebook(source.content, source.path).get("metadata") or {}
+    kernel, info = metadata.get("kernelspec") or {}, metadata.get("language_info") or {}
     return {
         "folder": str(folder),
         "root": str(source.settings.root),
         "source": source.name,
         "working_folder": str(source.path.parent),
         "scratch": scratch,
-        "parameters": given,
-        "secrets": secret_variables(source.parameters, values),
-        "values": {} if language == "python" else given,
+        "values": dict(values),
         "kernel": kernel.get("name") or "python3",
-        "language": language,
+        "language": info.get("name") or kernel.get("language") or "python",
     }
 
 # %% ../../nbs/experiment/execution.ipynb #d9dcdfcc
+def kernels_for(
+    source: Source, runs: int, threads: int | None
+) -> contextlib.AbstractContextManager[WarmKernels | str]:
+    """Warm kernels for that many runs of a notebook, or the reason why there are none."""
+    if runs < 2:
+        return contextlib.nullcontext("it is a single run")
+    notebook = parse_notebook(source.content, source.path)
+    cells = [cell for cell in notebook["cells"] if cell.get("cell_type") == "code"]
+    texts = ["".join(cell.get("source") or ()) for cell in cells]
+    language = _task(source, {}, source.path, "")["language"]
+    return warm_kernels(texts, language, source.settings.root, source.path.parent, threads)
+
+# %% ../../nbs/experiment/execution.ipynb #46cd3f26
 def execute(
     source: Source,
     values: Mapping[str, Any],
@@ -261,22 +234,25 @@ def execute(
     threads: int | None = None,
     cancelled: threading.Event | None = None,
     on_event: Listener = lambda _: None,
+    warm: WarmKernels | str = "it is a single run",
 ) -> Run:
     """Execute a notebook with values that were checked, and return the run however it ended.
 
-    `threads` is how many threads a numeric library may use in it; setting `cancelled` stops it. Raises
-    `RunError` if the record cannot be written or a listener fails.
+    `threads` is how many threads a numeric library may use in it; setting `cancelled` stops it; `warm` are
+    kernels that it may use, or the reason why there are none. Raises `RunError` if the record cannot be
+    written or a listener fails.
     """
     folder = make_folder(source.settings, datetime.now(UTC))
     path, lock = folder / NOTEBOOK_NAME, hold(folder)
     try:
         with storing(path):
-            fresh = fresh_notebook(source, first_record(source, values, folder, sweep))
-            write_notebook(path, inject(fresh, values))
+            write_notebook(path, fresh_notebook(source, first_record(source, values, folder, sweep)))
         with tempfile.TemporaryDirectory(prefix="nbprod-", ignore_cleanup_errors=True) as scratch:
-            task = _task(source, values, folder, scratch) | {"threads": threads}
+            cold = warm if isinstance(warm, str) else warm.reason
+            task = _task(source, values, folder, scratch) | {"threads": threads, "cold": cold}
+            start = start_worker if isinstance(warm, str) or cold else warm.start
             with storing(folder / LOG_NAME):
-                worker = Worker(task, folder / LOG_NAME, lock)
+                worker = Worker(task, folder / LOG_NAME, lock, start)
             try:
                 follow(worker, timeout, cancelled or threading.Event(), on_event)
             finally:

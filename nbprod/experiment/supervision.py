@@ -13,18 +13,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
 
+from .forking import ForkedProcess
+from .kernels import UNUSED
 from .progress import Listener
 
 # %% auto #0
-__all__ = ['UNUSED', 'START', 'GRACE', 'CANCELLED', 'start_worker', 'Worker', 'close', 'follow']
+__all__ = ['START', 'GRACE', 'Starter', 'CANCELLED', 'start_worker', 'Worker', 'close', 'follow']
 
 # %% ../../nbs/experiment/supervision.ipynb #6a14cab9
-UNUSED = ("rfc3987_syntax", "pyarrow")
 START = f"""
 import sys
 sys.modules.update(dict.fromkeys({UNUSED}))
@@ -49,11 +50,16 @@ def start_worker(log: Path, lock: int | None) -> subprocess.Popen[bytes]:
 GRACE = 20.0  # seconds for a worker to save and end after it was asked to stop
 
 
+Starter = Callable[[Path, int | None], "subprocess.Popen[bytes] | ForkedProcess"]
+
+
 class Worker:
     """A worker process from our side. `events` receives what it reports, and None when it has ended."""
 
-    def __init__(self, task: Mapping[str, Any], log: Path, lock: int | None) -> None:
-        self.process = start_worker(log, lock)
+    def __init__(
+        self, task: Mapping[str, Any], log: Path, lock: int | None, start: Starter = start_worker
+    ) -> None:
+        self.process = start(log, lock)
         self.events: Queue[dict[str, Any] | None] = Queue()
         self.kernel: int | None = None  # process that leads the kernel's group
         self.reason: dict[str, str] | None = None  # why it was asked to stop

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ParameterError, RunError, UsageError
-from .execution import execute, new_id, open_source
+from .execution import execute, kernels_for, new_id, open_source
 from .parameters import check_values
 from .progress import run_progress
 from .runs import Run, Runs, read_run
@@ -82,12 +82,15 @@ def sweep(
 
     def start(values: dict[str, Any]) -> Run:
         try:
-            return execute(source, values, sweep=identity, threads=threads, cancelled=cancelled)
+            return execute(source, values, sweep=identity, threads=threads, cancelled=cancelled, warm=warm)
         except RunError as error:
             run = read_run(error.path) if error.path else None
             if run is None:
                 raise
             return run
 
-    with run_progress(source.path.name, len(chosen), progress) as hear:
+    with (
+        kernels_for(source, len(chosen), threads) as warm,
+        run_progress(source.path.name, len(chosen), progress) as hear,
+    ):
         return Runs(_execute_all(start, chosen, jobs, cancelled, hear))

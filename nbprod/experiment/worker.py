@@ -12,49 +12,34 @@ import re
 import select
 import shutil
 import signal
-import sys
+import socket
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from subprocess import DEVNULL
 from pathlib import Path
 from typing import Any
 
 from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+from jupyter_client.manager import KernelManager
 from nbclient.exceptions import DeadKernelError
-from nbformat import NotebookNode, from_dict
+from nbformat import NotebookNode
 from nbformat.v4 import writes_json
 from papermill import execute_notebook
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
 from papermill.exceptions import PapermillExecutionError
-from traitlets.config import Config
 
+from .engine import kernel_config
+from .forking import ForkedProcess
+from .kernels import kernel_environment
+from .provisioning import is_this_python, use_forked
 from .recording import METADATA_KEY, NOTEBOOK_NAME, collect
-from .redaction import forms, redacted, redacted_notebook
 from ..files import write_atomic
 
 # %% auto #0
-__all__ = ['PATIENCE', 'kernel_environment', 'progress_entries', 'failed_line', 'cell_failure', 'other_failure', 'Stopped',
-           'Execution', 'RunManager', 'RunClient', 'RunEngine', 'end', 'execute', 'lines_of', 'listen', 'main']
-
-# %% ../../nbs/experiment/worker.ipynb #5fd95fea
-def kernel_environment(environ: Mapping[str, str], task: Mapping[str, Any]) -> dict[str, str]:
-    """The environment of a run's kernel; `task` has the `folder` of the run, the project's `root`, `threads`.
-
-    `threads` (None: all cores) is how many threads a numeric library may use, where nothing else says so.
-    OpenMP's threads wait asleep: by default they spin, and where cores are shared with other processes a
-    fit takes many times as long.
-    """
-    environment = {name: value for name, value in environ.items() if name != "MPLBACKEND"}
-    paths = [task["root"], *filter(None, environ.get("PYTHONPATH", "").split(os.pathsep))]
-    environment |= {"NBPROD_RUN": task["folder"], "PYTHONPATH": os.pathsep.join(paths)}
-    environment.setdefault("OMP_WAIT_POLICY", "passive")
-    if task["threads"]:
-        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-            environment.setdefault(name, str(task["threads"]))
-    return environment
+__all__ = ['PATIENCE', 'progress_entries', 'failed_line', 'cell_failure', 'other_failure', 'Stopped', 'Execution', 'RunManager',
+           'RunClient', 'RunEngine', 'end', 'execute', 'lines_of', 'listen', 'main']
 
 # %% ../../nbs/experiment/worker.ipynb #708f9884
 def progress_entries(notebook: NotebookNode) -> dict[str, Any]:
@@ -106,10 +91,13 @@ PATIENCE = (2.0, 3.0)  # seconds for a kernel to end its cell after the first in
 class Execution:
     """The one run that this process executes. `report` sends an event to the parent."""
 
-    def __init__(self, task: Mapping[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
-        self.task = task
-        self.hidden = forms(os.environ, task.get("secrets", ()))
-        self.report = lambda event: report(redacted(event, self.hidden))
+    def __init__(
+        self,
+        task: Mapping[str, Any],
+        report: Callable[[dict[str, Any]], None],
+        forked: socket.socket | None = None,
+    ) -> None:
+        self.task, self.report, self.forked = task, report, forked
         self.path = Path(task["folder"]) / NOTEBOOK_NAME
         self.notebook: NotebookNode | None = None
         self.position: int | None = None  # of the current cell, from 1
@@ -121,11 +109,25 @@ class Execution:
         """Write the notebook with what is known by now and `entries` in its record, whole or not at all."""
         assert self.notebook is not None
         self.notebook.metadata[METADATA_KEY] |= progress_entries(self.notebook) | entries
-        notebook = self.notebook
-        if self.hidden:
-            notebook = from_dict(redacted_notebook(notebook, self.hidden))
-        content = writes_json(notebook) + "\n"
+        content = writes_json(self.notebook) + "\n"
         write_atomic(self.path, content.encode(errors="backslashreplace"))
+
+    def warm(self, manager: KernelManager) -> None:
+        """Have `manager` use the process that was forked for this run's kernel, and record whether it can."""
+        reason = self.task.get("cold", "it is a single run")
+        if self.forked is not None:
+            reason = "its processes were forked from ones that have imported its libraries"
+            if not is_this_python(manager):
+                reason = f"the kernel {manager.kernel_name} is not the plain kernel of this Python"
+                self.forked.close()
+                self.forked = None
+            else:
+                try:
+                    use_forked(manager, ForkedProcess(self.forked))
+                except ChildProcessError as error:
+                    reason, self.forked = str(error), None
+        assert self.notebook is not None
+        self.notebook.metadata[METADATA_KEY]["kernel"] = {"warm": self.forked is not None, "reason": reason}
 
     def signal_kernel(self, number: signal.Signals) -> None:
         """Send a signal to the kernel and all processes of its group."""
@@ -152,8 +154,6 @@ class RunManager(NotebookExecutionManager):
         execution.notebook = notebook
         paths = {"input_path": execution.task["source"], "output_path": str(execution.path)}
         notebook.metadata.papermill.update(paths)
-        if "parameters" in execution.task:
-            notebook.metadata.papermill["parameters"] = execution.task["parameters"]
         notebook.metadata[METADATA_KEY]["pid"] = os.getpid()
         execution.report({"event": "cells", "total": len(notebook.cells)})
 
@@ -175,11 +175,14 @@ class RunManager(NotebookExecutionManager):
 class RunClient(PapermillNotebookClient):
     """papermill's client, telling the `Execution` which process the kernel is."""
 
+    def create_kernel_manager(self) -> KernelManager:
+        manager = super().create_kernel_manager()
+        self.nb_man.execution.warm(manager)
+        return manager
+
     def start_new_kernel(self, **options: Any) -> None:
-        execution = self.nb_man.execution
-        if execution.hidden:  # what bypasses the notebook would go into the log as it is
-            options |= {"stdout": DEVNULL, "stderr": DEVNULL}
         super().start_new_kernel(**options)
+        execution = self.nb_man.execution
         execution.kernel = getattr(self.km.provisioner, "pid", None)
         execution.report({"event": "kernel", "pid": execution.kernel})
 
@@ -191,13 +194,12 @@ class RunEngine(NBClientEngine):
     def execute_notebook(cls, nb: NotebookNode, kernel_name: str, **options: Any) -> NotebookNode:
         execution: Execution = options["execution"]
         task, manager = execution.task, RunManager(nb, execution)
-        sockets = {"transport": "ipc", "connection_file": f"{task['scratch']}/kernel.json"}
         client = RunClient(
             manager,
             kernel_name=kernel_name,
             startup_timeout=180,
             iopub_timeout=60,
-            config=Config(KernelManager=sockets),
+            config=kernel_config(task["scratch"]),
         )
         manager.notebook_start()
         try:
@@ -211,7 +213,7 @@ class RunEngine(NBClientEngine):
         return nb
 
 
-papermill_engines.register("nbprod", RunEngine)
+papermill_engines.register("nbprod-run", RunEngine)
 
 # %% ../../nbs/experiment/worker.ipynb #a00d1519
 def end(execution: Execution, failure: dict[str, Any] | None) -> None:
@@ -241,7 +243,7 @@ def execute(execution: Execution) -> None:
             str(execution.path).replace("{", "{{").replace("}", "}}"),
             None,
             parameters=task["values"],
-            engine_name="nbprod",
+            engine_name="nbprod-run",
             kernel_name=task["kernel"],
             language=task["language"],
             progress_bar=False,
@@ -250,7 +252,8 @@ def execute(execution: Execution) -> None:
     except PapermillExecutionError as error:
         failure = cell_failure(error)
     except Exception as error:
-        print(redacted(traceback.format_exc(), execution.hidden), file=sys.stderr)
+        traceback.print_exc()
+        execution.signal_kernel(signal.SIGKILL)  # it has gone, but what it started may be left
         failure = other_failure(error, execution.position)
     end(execution, failure)
 
@@ -276,8 +279,11 @@ def listen(execution: Execution, lines: Iterator[str]) -> None:
     os._exit(1)
 
 # %% ../../nbs/experiment/worker.ipynb #36853706
-def main() -> None:
-    """Execute the one task that standard input describes; events go to standard output as lines of JSON."""
+def main(kernel: int | None = None) -> None:
+    """Execute the one task that standard input describes; events go to standard output as lines of JSON.
+
+    `kernel` is the descriptor of the socket of a process that was forked for the kernel, if there is one.
+    """
     pipe = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -287,7 +293,8 @@ def main() -> None:
 
     lines = lines_of(0, os.getppid())
     for task in lines:
-        execution = Execution(json.loads(task), report)
+        forked = None if kernel is None else socket.socket(fileno=kernel)
+        execution = Execution(json.loads(task), report, forked)
         threading.Thread(target=listen, args=(execution, lines), daemon=True).start()
         execute(execution)
         return
