@@ -23,27 +23,33 @@ from ..errors import CellError, RunError, UsageError
 from .kernels import WarmKernels, warm_kernels
 from .lineage import lineage
 from .notebook import parse_notebook, read_content
-from .parameters import Parameter, check_values, effective_values, notebook_parameters
+from .parameters import TAG, Parameter, check_values, effective_values
+from .parameters import injected_cell, notebook_parameters, secret_variables
 from .progress import Listener, cell_progress
 from .recording import METADATA_KEY, NOTEBOOK_NAME, read_record, write_notebook
 from .runs import INTERRUPTED, STAGED, Run, close_record, run_from_record
 from .supervision import CANCELLED, Worker, close, follow, start_worker
+from .values import plain
 from ..files import hold
 from ..settings import Settings, find_project, load_settings
 
 # %% auto #0
-__all__ = ['LEFTOVERS', 'LOG_NAME', 'Source', 'open_source', 'storing', 'new_id', 'make_folder', 'fresh_notebook', 'first_record',
-           'settle', 'on_success', 'announce', 'kernels_for', 'execute', 'run_failure', 'run']
+__all__ = ['LEFTOVERS', 'LOG_NAME', 'Source', 'open_source', 'storing', 'new_id', 'make_folder', 'fresh_notebook', 'inject',
+           'first_record', 'settle', 'on_success', 'announce', 'kernels_for', 'execute', 'run_failure', 'run']
 
 # %% ../../nbs/experiment/execution.ipynb #b04c1d90
 @dataclass(frozen=True)
 class Source:
-    """A notebook to execute: its path, its bytes, its parameters, and the settings of its project."""
+    """A notebook to execute: its path, its bytes, its parameters, and the settings of its project.
+
+    `reproduces` is the id of the run that is executed again, if it is that.
+    """
 
     path: Path
     content: bytes
     parameters: list[Parameter]
     settings: Settings
+    reproduces: str | None = None
 
     @property
     def name(self) -> str:
@@ -111,16 +117,48 @@ def fresh_notebook(source: Source, record: Mapping[str, Any]) -> dict[str, Any]:
     metadata.pop("papermill", None)
     return notebook | {"cells": cells, "metadata": metadata | {METADATA_KEY: dict(record)}}
 
+# %% ../../nbs/experiment/execution.ipynb #a18aa9e7
+def _language(notebook: Mapping[str, Any]) -> str:
+    """The language of a notebook; Python where it does not say."""
+    metadata = notebook.get("metadata") or {}
+    kernel, info = metadata.get("kernelspec") or {}, metadata.get("language_info") or {}
+    return str(info.get("name") or kernel.get("language") or "python")
+
+
+def inject(notebook: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`notebook` with a cell that assigns `values` below its parameters cell."""
+    if not values or _language(notebook) != "python":
+        return notebook
+    cells = notebook["cells"]
+    after = [
+        index + 1
+        for index, cell in enumerate(cells)
+        if cell.get("cell_type") == "code" and TAG in _tags(cell)
+    ]
+    cell: dict[str, Any] = {
+        "cell_type": "code",
+        "execution_count": None,
+        "metadata": {"tags": ["injected-parameters"]},
+        "outputs": [],
+        "source": injected_cell(values),
+    }
+    if (notebook.get("nbformat", 4), notebook.get("nbformat_minor", 0)) >= (4, 5):
+        cell["id"] = secrets.token_hex(4)
+    return notebook | {"cells": [*cells[: after[0]], cell, *cells[after[0] :]]}
+
 # %% ../../nbs/experiment/execution.ipynb #665891a9
 def first_record(
     source: Source, values: Mapping[str, Any], folder: Path, sweep: str | None = None
 ) -> dict[str, Any]:
-    """The record of a run that is about to start."""
+    """The record of a run that is about to start; its uncommitted changes are kept in `folder`."""
+    params, settings = effective_values(source.parameters, values), source.settings
+    library, content = settings.library, source.content
+    origin = lineage(source.path, settings.root, content, library=library, parameters=params, keep=folder)
     return {
         "run": folder.name,
         "status": "running",
         "notebook": source.name,
-        "params": effective_values(source.parameters, values),
+        "params": params,
         "sweep": sweep,
         "metrics": {},
         "data": {},
@@ -130,7 +168,7 @@ def first_record(
         "started": datetime.now(UTC).isoformat(),
         "ended": None,
         "seconds": None,
-        "lineage": lineage(source.path, source.settings.root, source.content),
+        "lineage": origin | ({"reproduces": source.reproduces} if source.reproduces else {}),
         "pid": os.getpid(),
         "host": platform.node(),
     }
@@ -198,17 +236,20 @@ def announce(run: Run, settings: Settings) -> None:
 # %% ../../nbs/experiment/execution.ipynb #9c18111e
 def _task(source: Source, values: Mapping[str, Any], folder: Path, scratch: str) -> dict[str, Any]:
     """What a worker has to know."""
-    metadata = parse_notebook(source.content, source.path).get("metadata") or {}
-    kernel, info = metadata.get("kernelspec") or {}, metadata.get("language_info") or {}
+    notebook = parse_notebook(source.content, source.path)
+    kernel, language = (notebook.get("metadata") or {}).get("kernelspec") or {}, _language(notebook)
+    given = {name: plain(value) for name, value in values.items()}
     return {
         "folder": str(folder),
         "root": str(source.settings.root),
         "source": source.name,
         "working_folder": str(source.path.parent),
         "scratch": scratch,
-        "values": dict(values),
+        "parameters": given,
+        "secrets": secret_variables(source.parameters, values),
+        "values": {} if language == "python" else given,
         "kernel": kernel.get("name") or "python3",
-        "language": info.get("name") or kernel.get("language") or "python",
+        "language": language,
     }
 
 # %% ../../nbs/experiment/execution.ipynb #d9dcdfcc
@@ -246,10 +287,14 @@ def execute(
     path, lock = folder / NOTEBOOK_NAME, hold(folder)
     try:
         with storing(path):
-            write_notebook(path, fresh_notebook(source, first_record(source, values, folder, sweep)))
+            fresh = fresh_notebook(source, first_record(source, values, folder, sweep))
+            write_notebook(path, inject(fresh, values))
         with tempfile.TemporaryDirectory(prefix="nbprod-", ignore_cleanup_errors=True) as scratch:
+            task = _task(source, values, folder, scratch) | {"threads": threads}
+            if task["secrets"]:  # an ordinary kernel's own output can be thrown away as a whole
+                warm = "it has secrets"
             cold = warm if isinstance(warm, str) else warm.reason
-            task = _task(source, values, folder, scratch) | {"threads": threads, "cold": cold}
+            task |= {"cold": cold}
             start = start_worker if isinstance(warm, str) or cold else warm.start
             with storing(folder / LOG_NAME):
                 worker = Worker(task, folder / LOG_NAME, lock, start)

@@ -13,17 +13,19 @@ import select
 import shutil
 import signal
 import socket
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from subprocess import DEVNULL
 from pathlib import Path
 from typing import Any
 
 from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 from jupyter_client.manager import KernelManager
 from nbclient.exceptions import DeadKernelError
-from nbformat import NotebookNode
+from nbformat import NotebookNode, from_dict
 from nbformat.v4 import writes_json
 from papermill import execute_notebook
 from papermill.clientwrap import PapermillNotebookClient
@@ -35,6 +37,7 @@ from .forking import ForkedProcess
 from .kernels import kernel_environment
 from .provisioning import is_this_python, use_forked
 from .recording import METADATA_KEY, NOTEBOOK_NAME, collect
+from .redaction import forms, redacted, redacted_notebook
 from ..files import write_atomic
 
 # %% auto #0
@@ -97,7 +100,9 @@ class Execution:
         report: Callable[[dict[str, Any]], None],
         forked: socket.socket | None = None,
     ) -> None:
-        self.task, self.report, self.forked = task, report, forked
+        self.task, self.forked = task, forked
+        self.hidden = forms(os.environ, task.get("secrets", ()))
+        self.report = lambda event: report(redacted(event, self.hidden))
         self.path = Path(task["folder"]) / NOTEBOOK_NAME
         self.notebook: NotebookNode | None = None
         self.position: int | None = None  # of the current cell, from 1
@@ -109,7 +114,10 @@ class Execution:
         """Write the notebook with what is known by now and `entries` in its record, whole or not at all."""
         assert self.notebook is not None
         self.notebook.metadata[METADATA_KEY] |= progress_entries(self.notebook) | entries
-        content = writes_json(self.notebook) + "\n"
+        notebook = self.notebook
+        if self.hidden:
+            notebook = from_dict(redacted_notebook(notebook, self.hidden))
+        content = writes_json(notebook) + "\n"
         write_atomic(self.path, content.encode(errors="backslashreplace"))
 
     def warm(self, manager: KernelManager) -> None:
@@ -154,6 +162,8 @@ class RunManager(NotebookExecutionManager):
         execution.notebook = notebook
         paths = {"input_path": execution.task["source"], "output_path": str(execution.path)}
         notebook.metadata.papermill.update(paths)
+        if "parameters" in execution.task:
+            notebook.metadata.papermill["parameters"] = execution.task["parameters"]
         notebook.metadata[METADATA_KEY]["pid"] = os.getpid()
         execution.report({"event": "cells", "total": len(notebook.cells)})
 
@@ -181,8 +191,10 @@ class RunClient(PapermillNotebookClient):
         return manager
 
     def start_new_kernel(self, **options: Any) -> None:
-        super().start_new_kernel(**options)
         execution = self.nb_man.execution
+        if execution.hidden:  # what bypasses the notebook would go into the log as it is
+            options |= {"stdout": DEVNULL, "stderr": DEVNULL}
+        super().start_new_kernel(**options)
         execution.kernel = getattr(self.km.provisioner, "pid", None)
         execution.report({"event": "kernel", "pid": execution.kernel})
 
@@ -252,7 +264,7 @@ def execute(execution: Execution) -> None:
     except PapermillExecutionError as error:
         failure = cell_failure(error)
     except Exception as error:
-        traceback.print_exc()
+        print(redacted(traceback.format_exc(), execution.hidden), file=sys.stderr)
         execution.signal_kernel(signal.SIGKILL)  # it has gone, but what it started may be left
         failure = other_failure(error, execution.position)
     end(execution, failure)
