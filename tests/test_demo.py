@@ -137,10 +137,8 @@ def test_the_lab_starts_service_and_notebooks_and_stops_both(
             assert time.monotonic() < deadline, "no traffic was replayed"
             time.sleep(0.2)
     finally:
-        os.killpg(lab.pid, signal.SIGINT)
-        time.sleep(0.5)
-        os.killpg(lab.pid, signal.SIGINT)  # Jupyter asks once whether it is meant
-        lab.wait(timeout=60)
+        lab.terminate()
+        assert lab.wait(timeout=60) == 130
     with pytest.raises(urllib.error.URLError):
         metrics(port)
 

@@ -454,7 +454,7 @@ def test_after_a_graceful_stop_every_answered_row_is_logged_once(
         threads = [threading.Thread(target=client, args=(seed,)) for seed in range(8)]
         for thread in threads:
             thread.start()
-        time.sleep(3)
+        wait_until(lambda: len(answered) >= 1000)
         told = [{"id": id, "actual": prediction} for id, prediction in answered[:50]]
         assert web.post(f"{url}/feedback", json={"feedback": told}).json()["accepted"] == 50
         counted = sum(value for name, value in samples(url).items() if name.startswith("nbprod_rows_total"))
@@ -489,6 +489,11 @@ def test_a_killed_worker_is_replaced_and_its_log_stays_readable(
 # Metrics
 
 
+def total(url: str, metric: str) -> float:
+    """The sum of all series of a metric."""
+    return sum(value for name, value in samples(url).items() if name.startswith(metric + "{"))
+
+
 def test_metrics_of_two_workers_add_up(
     built: BuiltBento, model: Model, own_store: Settings, rows: list[dict[str, Any]]
 ) -> None:
@@ -498,7 +503,13 @@ def test_metrics_of_two_workers_add_up(
             answers = list(pool.map(lambda row: ask(url, [row]), rows))
         web.post(f"{url}/predict", content=b"{")
         web.post(f"{url}/feedback", json={"feedback": [{"id": answers[0]["ids"][0], "actual": 1}]})
-        time.sleep(1)
+        columns = len(model.contract.columns)  # rows and bins are counted off the request's path
+        wait_until(
+            lambda: (
+                total(url, "nbprod_rows_total") == total(url, "nbprod_predictions_total") == len(rows)
+                and total(url, "nbprod_feature_total") == len(rows) * columns
+            )
+        )
         after = samples(url)
         processes = {process.pid for process in workers_of(url)}
     label = f'model="{model.tag}"'
