@@ -43,6 +43,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'nbprod.demo.Progress.stage': ('demo.html#progress.stage', 'nbprod/demo.py'),
                              'nbprod.demo.Summary': ('demo.html#summary', 'nbprod/demo.py'),
                              'nbprod.demo.Summary.__str__': ('demo.html#summary.__str__', 'nbprod/demo.py'),
+                             'nbprod.demo._three_digits': ('demo.html#_three_digits', 'nbprod/demo.py'),
                              'nbprod.demo._train': ('demo.html#_train', 'nbprod/demo.py'),
                              'nbprod.demo.batches': ('demo.html#batches', 'nbprod/demo.py'),
                              'nbprod.demo.demo': ('demo.html#demo', 'nbprod/demo.py'),

@@ -116,6 +116,10 @@ def send(url: str, model: Model, frame: pd.DataFrame, labels: pd.Series) -> tupl
     return answered, accepted
 
 # %% ../nbs/demo.ipynb #8f21fa1e
+def _three_digits(auc: float | None) -> str:
+    return "-" if auc is None else f"{auc:.3f}"
+
+
 @dataclass(frozen=True)
 class Summary:
     """What the demo found. `auc` is the area under the ROC curve on the hold-out; `months`, in service."""
@@ -131,10 +135,10 @@ class Summary:
     bento: str
 
     def __str__(self) -> str:
-        aucs = {month: "-" if auc is None else f"{auc:.3f}" for month, auc in self.months.items()}
+        aucs = {month: _three_digits(auc) for month, auc in self.months.items()}
         lines = {
             "Model": f"{self.model}, in production",
-            "AUC at training": f"{self.auc or 0:.3f} on the held-out days",
+            "AUC at training": f"{_three_digits(self.auc)} on the held-out days",
             "AUC in service": ", ".join(f"{month}: {auc}" for month, auc in aucs.items()),
             "Answered": f"{self.rows:,} flights, the outcome of {self.feedback:,} of them came back",
             "Drifted": ", ".join(self.drifted) or "nothing",
