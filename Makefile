@@ -41,6 +41,7 @@ format: $(READY)  ## Format notebooks and code, then export the notebooks to nbp
 readme: $(READY)  ## Write README.md from nbs/index.ipynb
 	$(BIN)/python scripts/readme.py
 
+# Without the extra xgboost: `dev` has xgboost-cpu in its place, the same module without its GPU libraries.
 lock: $(READY)  ## Bring requirements.lock up to settings.ini (UPGRADE=1: and every package to its newest)
 	$(BIN)/uv pip compile setup.py --extra demo --extra dev --extra dask --extra lightgbm --extra optuna \
 	    --extra postgres --extra s3 --universal --python-version 3.11 \
