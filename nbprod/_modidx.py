@@ -119,6 +119,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'nbprod/experiment/execution.py'),
                                              'nbprod.experiment.execution.Source.name': ( 'experiment/execution.html#source.name',
                                                                                           'nbprod/experiment/execution.py'),
+                                             'nbprod.experiment.execution.Trial': ( 'experiment/execution.html#trial',
+                                                                                    'nbprod/experiment/execution.py'),
                                              'nbprod.experiment.execution._language': ( 'experiment/execution.html#_language',
                                                                                         'nbprod/experiment/execution.py'),
                                              'nbprod.experiment.execution._tags': ( 'experiment/execution.html#_tags',

@@ -35,7 +35,7 @@ from ..settings import Settings, find_project, load_settings
 
 # %% auto #0
 __all__ = ['LEFTOVERS', 'LOG_NAME', 'Source', 'open_source', 'storing', 'new_id', 'make_folder', 'fresh_notebook', 'inject',
-           'first_record', 'settle', 'on_success', 'announce', 'kernels_for', 'execute', 'run_failure', 'run']
+           'Trial', 'first_record', 'settle', 'on_success', 'announce', 'kernels_for', 'execute', 'run_failure', 'run']
 
 # %% ../../nbs/experiment/execution.ipynb #b04c1d90
 @dataclass(frozen=True)
@@ -147,19 +147,30 @@ def inject(notebook: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any
     return notebook | {"cells": [*cells[: after[0]], cell, *cells[after[0] :]]}
 
 # %% ../../nbs/experiment/execution.ipynb #665891a9
+@dataclass(frozen=True)
+class Trial:
+    """The place of a run in a sweep: the sweep's id, the run's number in it from 0, and the sweep's `plan`."""
+
+    sweep: str
+    number: int
+    plan: Mapping[str, Any]
+
+
 def first_record(
-    source: Source, values: Mapping[str, Any], folder: Path, sweep: str | None = None
+    source: Source, values: Mapping[str, Any], folder: Path, trial: Trial | None = None
 ) -> dict[str, Any]:
     """The record of a run that is about to start; its uncommitted changes are kept in `folder`."""
     params, settings = effective_values(source.parameters, values), source.settings
     library, content = settings.library, source.content
     origin = lineage(source.path, settings.root, content, library=library, parameters=params, keep=folder)
+    origin |= {"plan": dict(trial.plan)} if trial else {}
     return {
         "run": folder.name,
         "status": "running",
         "notebook": source.name,
         "params": params,
-        "sweep": sweep,
+        "sweep": trial.sweep if trial else None,
+        "trial": trial.number if trial else None,
         "metrics": {},
         "data": {},
         "models": [],
@@ -271,7 +282,7 @@ def execute(
     values: Mapping[str, Any],
     *,
     timeout: float | None = None,
-    sweep: str | None = None,
+    trial: Trial | None = None,
     threads: int | None = None,
     cancelled: threading.Event | None = None,
     on_event: Listener = lambda _: None,
@@ -287,7 +298,7 @@ def execute(
     path, lock = folder / NOTEBOOK_NAME, hold(folder)
     try:
         with storing(path):
-            fresh = fresh_notebook(source, first_record(source, values, folder, sweep))
+            fresh = fresh_notebook(source, first_record(source, values, folder, trial))
             write_notebook(path, inject(fresh, values))
         with tempfile.TemporaryDirectory(prefix="nbprod-", ignore_cleanup_errors=True) as scratch:
             task = _task(source, values, folder, scratch) | {"threads": threads}

@@ -56,6 +56,7 @@ class Run:
     models: list[str] = field(default_factory=list)
     error: dict[str, Any] | None = None
     sweep: str | None = None
+    trial: int | None = None
     data: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
     lineage: dict[str, Any] = field(default_factory=dict, repr=False)
     cells: list[dict[str, Any]] = field(default_factory=list, repr=False)

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ParameterError, RunError, UsageError
-from .execution import execute, kernels_for, new_id, open_source
+from .execution import Trial, execute, kernels_for, new_id, open_source
 from .parameters import check_values
 from .progress import run_progress
 from .runs import Run, Runs, read_run
+from .values import plain
 from ..settings import Settings
 
 # %% auto #0
@@ -38,15 +39,15 @@ def combinations(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 # %% ../../nbs/experiment/sweeps.ipynb #1d4106f9
 def _execute_all(
-    start: Callable[[dict[str, Any]], Run],
-    chosen: Sequence[dict[str, Any]],
+    start: Callable[[int], Run],
+    count: int,
     jobs: int,
     cancelled: threading.Event,
     on_end: Callable[[Run], object],
 ) -> list[Run]:
-    """Call `start` with each combination, `jobs` at a time; the runs in the order of the combinations."""
+    """Call `start` with each number below `count`, `jobs` at a time; the runs in their order."""
     with ThreadPoolExecutor(jobs) as pool:
-        futures: list[Future[Run]] = [pool.submit(start, values) for values in chosen]
+        futures: list[Future[Run]] = [pool.submit(start, number) for number in range(count)]
         try:
             for future in as_completed(futures):
                 on_end(future.result())
@@ -78,11 +79,15 @@ def sweep(
         raise UsageError(f"jobs must be at least 1, not {jobs}.")
     jobs = min(jobs, len(chosen))
     identity, cancelled = new_id(datetime.now(UTC)), threading.Event()
+    plan = {"values": [plain(values) for values in chosen]}
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
 
-    def start(values: dict[str, Any]) -> Run:
+    def start(number: int) -> Run:
+        trial = Trial(identity, number, plan)
         try:
-            return execute(source, values, sweep=identity, threads=threads, cancelled=cancelled, warm=warm)
+            return execute(
+                source, chosen[number], trial=trial, threads=threads, cancelled=cancelled, warm=warm
+            )
         except RunError as error:
             run = read_run(error.path) if error.path else None
             if run is None:
@@ -93,4 +98,4 @@ def sweep(
         kernels_for(source, len(chosen), threads) as warm,
         run_progress(source.path.name, len(chosen), progress) as hear,
     ):
-        return Runs(_execute_all(start, chosen, jobs, cancelled, hear))
+        return Runs(_execute_all(start, len(chosen), jobs, cancelled, hear))
