@@ -5,8 +5,10 @@
 # %% ../../nbs/experiment/kernels.ipynb #fd125a6d
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
+import io
 import json
 import os
 import random
@@ -14,15 +16,16 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .forking import ForkedProcess, ForkServer, serve
+from .forking import ForkedProcess, ForkServer, serve, tell
 from .preloading import Import, installed_imports, preload, lasting_threads
 
 # %% auto #0
-__all__ = ['KERNEL_SERVER', 'INLINE', 'UNUSED', 'WORKER_SERVER', 'kernel_environment', 'serve_kernels', 'become_kernel',
-           'serve_workers', 'why_not', 'WarmKernels', 'warm_kernels']
+__all__ = ['KERNEL_SERVER', 'INLINE', 'LATER', 'UNUSED', 'WORKER_SERVER', 'kernel_environment', 'serve_kernels', 'leave',
+           'become_kernel', 'serve_workers', 'why_not', 'WarmKernels', 'warm_kernels']
 
 # %% ../../nbs/experiment/kernels.ipynb #10e185c0
 def kernel_environment(environ: Mapping[str, str], task: Mapping[str, Any]) -> dict[str, str]:
@@ -49,16 +52,30 @@ from nbprod.experiment.kernels import serve_kernels
 serve_kernels()
 """
 INLINE = "module://matplotlib_inline.backend_inline"
+LATER = (
+    "ipykernel.debugger",
+    "IPython.core.completerlib",
+    "IPython.core.logger",
+    "IPython.extensions.storemagic",
+    "tornado.platform.asyncio",
+    "tornado.queues",
+    "encodings.idna",
+)
 
 
 def serve_kernels() -> None:
     """Import, and be copied for each kernel that is asked for; the program of a server."""
+    kernel: list[int] = []
+    atexit.register(leave, kernel)
     control = socket.socket(fileno=int(sys.argv[1]))
     arguments = json.loads(sys.argv[2])
     before = dict(os.environ)
     os.environ["JPY_PARENT_PID"] = str(os.getpid())  # read by ipykernel when it is imported
     import ipykernel.kernelapp
 
+    for module in LATER:
+        with contextlib.suppress(ImportError):
+            import_module(module)
     os.environ["MPLBACKEND"] = INLINE
     skipped = arguments["skipped"]
     noticed = preload(arguments["imports"], skipped)
@@ -73,8 +90,30 @@ def serve_kernels() -> None:
     with contextlib.suppress(OSError):
         control.send(json.dumps({"threads": lasting_threads(), "skipped": skipped}).encode())
     told, log = serve(control, orphans=False)
-    become_kernel(told, log, changed)
-    ipykernel.kernelapp.launch_new_instance()
+    kernel.append(os.getpid())
+    report = become_kernel(told, log, changed)
+    application = ipykernel.kernelapp.IPKernelApp.instance()
+    application.initialize()
+    with report:
+        tell(report, ready=1)
+    atexit.unregister(application.close)
+    application.start()
+
+
+def leave(kernel: list[int]) -> None:
+    """End the process in `kernel` when all other exit handlers were called, with its open files written.
+
+    Taking the interpreter apart would cost more than a short run, and IPython's kernel can wait ten seconds
+    for its own threads then. Other processes, those that a cell forks among them, end as they would.
+    """
+    if kernel != [os.getpid()]:
+        return
+    gc.collect()
+    for each in gc.get_objects():
+        if isinstance(each, io.IOBase) and not each.closed:
+            with contextlib.suppress(Exception):
+                each.flush()
+    os._exit(0)
 
 # %% ../../nbs/experiment/kernels.ipynb #aed51e97
 def _reseed() -> None:
@@ -85,9 +124,13 @@ def _reseed() -> None:
         numpy.random.seed()
 
 
-def become_kernel(told: int, log: int, changed: Mapping[str, str]) -> None:
-    """Take on what a kernel's process is started with, as soon as that is told; exits if it never is."""
-    with socket.socket(fileno=told) as report, report.makefile("rb") as lines:
+def become_kernel(told: int, log: int, changed: Mapping[str, str]) -> socket.socket:
+    """Take on what a kernel's process is started with, as soon as that is told; exits if it never is.
+
+    Returns the socket on which it was told.
+    """
+    report = socket.socket(fileno=told)
+    with report.makefile("rb") as lines:
         line = lines.readline()
     if not line:
         os._exit(0)
@@ -103,6 +146,7 @@ def become_kernel(told: int, log: int, changed: Mapping[str, str]) -> None:
     launcher = sys.modules["ipykernel"].__path__[0] + "_launcher.py"
     sys.argv = [launcher, *task["command"][module + 1 :]]
     _reseed()
+    return report
 
 # %% ../../nbs/experiment/kernels.ipynb #3aaeba1d
 UNUSED = ("rfc3987_syntax", "pyarrow")
@@ -118,8 +162,9 @@ def serve_workers() -> None:
     """Import papermill, and be copied for each worker that is asked for; the program of a server."""
     control = socket.socket(fileno=int(sys.argv[1]))
     sys.modules.update(dict.fromkeys(UNUSED))  # type: ignore[arg-type]
-    from nbprod.experiment.worker import main
+    from nbprod.experiment.worker import main, prepare
 
+    prepare()
     gc.collect()
     gc.freeze()
     with contextlib.suppress(OSError):
