@@ -15,17 +15,17 @@ import random
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from .forking import ForkedProcess, ForkServer, serve, tell
-from .preloading import Import, installed_imports, preload, lasting_threads
+from .preloading import Import, preload, lasting_threads
 
 # %% auto #0
 __all__ = ['KERNEL_SERVER', 'INLINE', 'LATER', 'UNUSED', 'WORKER_SERVER', 'kernel_environment', 'serve_kernels', 'leave',
-           'become_kernel', 'serve_workers', 'why_not', 'WarmKernels', 'warm_kernels']
+           'become_kernel', 'serve_workers', 'why_not', 'WarmKernels']
 
 # %% ../../nbs/experiment/kernels.ipynb #10e185c0
 def kernel_environment(environ: Mapping[str, str], task: Mapping[str, Any]) -> dict[str, str]:
@@ -229,26 +229,12 @@ class WarmKernels:
             os.close(stdout)
         return ForkedProcess(ours, os.fdopen(requests, "wb"), os.fdopen(events, "rb"))
 
+    @property
+    def alive(self) -> bool:
+        """Whether both servers are there."""
+        return self.workers.process.poll() is None and self.kernels.process.poll() is None
+
     def close(self) -> None:
         """Let both servers end."""
         self.workers.close()
         self.kernels.close()
-
-# %% ../../nbs/experiment/kernels.ipynb #cc1db987
-@contextlib.contextmanager
-def warm_kernels(
-    sources: Sequence[str], language: str, root: Path, folder: Path, threads: int | None
-) -> Iterator[WarmKernels | str]:
-    """Warm kernels for a notebook in `folder` with these cells; a text that says why there are none."""
-    reason = why_not(language)
-    if reason:
-        yield reason
-        return
-    environment = kernel_environment(os.environ, {"root": str(root), "folder": "", "threads": threads})
-    environment.pop("NBPROD_RUN")
-    paths = [*environment["PYTHONPATH"].split(os.pathsep), *filter(None, sys.path)]
-    warm = WarmKernels(installed_imports(sources, root, folder, paths), environment)
-    try:
-        yield warm
-    finally:
-        warm.close()

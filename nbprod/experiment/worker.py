@@ -142,7 +142,7 @@ class Execution:
 
     def warm(self, manager: KernelManager) -> None:
         """Have `manager` use the process that was forked for this run's kernel, and record whether it can."""
-        reason = self.task.get("cold", "it is a single run")
+        reason = self.task.get("cold", "it was not asked for")
         if self.forked is not None:
             reason = "its processes were forked from ones that have imported its libraries"
             if not is_this_python(manager):
