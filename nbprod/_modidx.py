@@ -409,6 +409,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'nbprod.experiment.pool': { 'nbprod.experiment.pool._Kept': ('experiment/pool.html#_kept', 'nbprod/experiment/pool.py'),
                                         'nbprod.experiment.pool._installed': ( 'experiment/pool.html#_installed',
                                                                                'nbprod/experiment/pool.py'),
+                                        'nbprod.experiment.pool._watch': ('experiment/pool.html#_watch', 'nbprod/experiment/pool.py'),
                                         'nbprod.experiment.pool.borrow': ('experiment/pool.html#borrow', 'nbprod/experiment/pool.py'),
                                         'nbprod.experiment.pool.key_of': ('experiment/pool.html#key_of', 'nbprod/experiment/pool.py'),
                                         'nbprod.experiment.pool.let_go': ('experiment/pool.html#let_go', 'nbprod/experiment/pool.py'),

@@ -65,6 +65,13 @@ def let_go(older: float = 0.0, but: Key | None = None) -> None:
         warm.close()
 
 
+def _watch() -> None:
+    """Close what has been unused for long, now and in future, in a thread that ends when nothing is kept."""
+    while _KEPT:
+        time.sleep(IDLE / 10)
+        let_go(IDLE)
+
+
 atexit.register(let_go)
 
 # %% ../../nbs/experiment/pool.ipynb #a777e5c5
@@ -75,6 +82,8 @@ def borrow(imports: Sequence[Import], environment: dict[str, str]) -> Iterator[W
     with _LOCK:
         if key in _KEPT and not _KEPT[key].users and not _KEPT[key].warm.alive:
             _KEPT.pop(key).warm.close()
+        if not _KEPT:
+            threading.Thread(target=_watch, daemon=True).start()
         if key not in _KEPT:
             _KEPT[key] = _Kept(WarmKernels(imports, environment))
         kept = _KEPT[key]
@@ -86,9 +95,6 @@ def borrow(imports: Sequence[Import], environment: dict[str, str]) -> Iterator[W
             kept.users -= 1
             kept.idle = time.monotonic()
         let_go(but=key)
-        timer = threading.Timer(IDLE, let_go, [IDLE])
-        timer.daemon = True
-        timer.start()
 
 # %% ../../nbs/experiment/pool.ipynb #643ad91d
 @contextlib.contextmanager
