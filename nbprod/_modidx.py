@@ -262,6 +262,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'nbprod/experiment/kernels.py'),
                                            'nbprod.experiment.kernels.become_kernel': ( 'experiment/kernels.html#become_kernel',
                                                                                         'nbprod/experiment/kernels.py'),
+                                           'nbprod.experiment.kernels.import_kernel': ( 'experiment/kernels.html#import_kernel',
+                                                                                        'nbprod/experiment/kernels.py'),
                                            'nbprod.experiment.kernels.kernel_environment': ( 'experiment/kernels.html#kernel_environment',
                                                                                              'nbprod/experiment/kernels.py'),
                                            'nbprod.experiment.kernels.leave': ( 'experiment/kernels.html#leave',

@@ -15,7 +15,7 @@ import random
 import socket
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from .forking import ForkedProcess, ForkServer, serve, tell
 from .preloading import Import, preload, lasting_threads
 
 # %% auto #0
-__all__ = ['KERNEL_SERVER', 'INLINE', 'LATER', 'UNUSED', 'WORKER_SERVER', 'kernel_environment', 'serve_kernels', 'leave',
-           'become_kernel', 'serve_workers', 'why_not', 'WarmKernels']
+__all__ = ['LATER', 'KERNEL_SERVER', 'INLINE', 'UNUSED', 'WORKER_SERVER', 'kernel_environment', 'import_kernel', 'leave',
+           'serve_kernels', 'become_kernel', 'serve_workers', 'why_not', 'WarmKernels']
 
 # %% ../../nbs/experiment/kernels.ipynb #10e185c0
 def kernel_environment(environ: Mapping[str, str], task: Mapping[str, Any]) -> dict[str, str]:
@@ -44,14 +44,7 @@ def kernel_environment(environ: Mapping[str, str], task: Mapping[str, Any]) -> d
             environment.setdefault(name, str(task["threads"]))
     return environment
 
-# %% ../../nbs/experiment/kernels.ipynb #1dbe5e93
-KERNEL_SERVER = """
-import sys
-del sys.path[0]
-from nbprod.experiment.kernels import serve_kernels
-serve_kernels()
-"""
-INLINE = "module://matplotlib_inline.backend_inline"
+# %% ../../nbs/experiment/kernels.ipynb #417e94c6
 LATER = (
     "ipykernel.debugger",
     "IPython.core.completerlib",
@@ -63,6 +56,40 @@ LATER = (
 )
 
 
+def import_kernel() -> Callable[[], Any]:
+    """Import IPython's kernel with all that it imports when it starts; what gives its application."""
+    from ipykernel.kernelapp import IPKernelApp
+
+    for module in LATER:
+        with contextlib.suppress(ImportError):
+            import_module(module)
+    return IPKernelApp.instance
+
+# %% ../../nbs/experiment/kernels.ipynb #784b3de0
+def leave(kernel: list[int]) -> None:
+    """End the process in `kernel` when all other exit handlers were called, with its open files written.
+
+    Other processes, those that a cell forks among them, end as they would.
+    """
+    if kernel != [os.getpid()]:
+        return
+    gc.collect()
+    for each in gc.get_objects():
+        if isinstance(each, io.IOBase) and not each.closed:
+            with contextlib.suppress(Exception):
+                each.flush()
+    os._exit(0)
+
+# %% ../../nbs/experiment/kernels.ipynb #1dbe5e93
+KERNEL_SERVER = """
+import sys
+del sys.path[0]
+from nbprod.experiment.kernels import serve_kernels
+serve_kernels()
+"""
+INLINE = "module://matplotlib_inline.backend_inline"
+
+
 def serve_kernels() -> None:
     """Import, and be copied for each kernel that is asked for; the program of a server."""
     kernel: list[int] = []
@@ -71,11 +98,7 @@ def serve_kernels() -> None:
     arguments = json.loads(sys.argv[2])
     before = dict(os.environ)
     os.environ["JPY_PARENT_PID"] = str(os.getpid())  # read by ipykernel when it is imported
-    import ipykernel.kernelapp
-
-    for module in LATER:
-        with contextlib.suppress(ImportError):
-            import_module(module)
+    start_kernel = import_kernel()
     os.environ["MPLBACKEND"] = INLINE
     skipped = arguments["skipped"]
     noticed = preload(arguments["imports"], skipped)
@@ -92,28 +115,12 @@ def serve_kernels() -> None:
     told, log = serve(control, orphans=False)
     kernel.append(os.getpid())
     report = become_kernel(told, log, changed)
-    application = ipykernel.kernelapp.IPKernelApp.instance()
+    application = start_kernel()
     application.initialize()
     with report:
         tell(report, ready=1)
     atexit.unregister(application.close)
     application.start()
-
-
-def leave(kernel: list[int]) -> None:
-    """End the process in `kernel` when all other exit handlers were called, with its open files written.
-
-    Taking the interpreter apart would cost more than a short run, and IPython's kernel can wait ten seconds
-    for its own threads then. Other processes, those that a cell forks among them, end as they would.
-    """
-    if kernel != [os.getpid()]:
-        return
-    gc.collect()
-    for each in gc.get_objects():
-        if isinstance(each, io.IOBase) and not each.closed:
-            with contextlib.suppress(Exception):
-                each.flush()
-    os._exit(0)
 
 # %% ../../nbs/experiment/kernels.ipynb #aed51e97
 def _reseed() -> None:

@@ -85,7 +85,6 @@ class ForkedProvisioner(LocalProvisioner):
             "folder": str(options.get("cwd") or Path.cwd()),
         }
         self.forked.report.sendall(json.dumps(task).encode() + b"\n")
-        # Whoever connects to a socket that is not there yet tries again only after a tenth of a second.
         self.forked.hear(STARTING)
         self.pid = self.pgid = self.forked.pid
         self.cwd = options.get("cwd")
