@@ -28,7 +28,9 @@ def write_atomic(path: Path, data: str | bytes, *, lasting: bool = True) -> None
     """Replace `path` by `data` (text as UTF-8) so that a reader sees the old content or the new, whole.
 
     The folder must exist. Unless `lasting`, the new content is not forced to the disk: a machine that loses
-    its power may then come up with neither. Raises `OSError` when it cannot be written; then `path` is as it was.
+    its power may then come up with neither.
+
+    Raises `OSError` when it cannot be written; then `path` is as it was.
     """
     content = data.encode() if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

@@ -150,7 +150,7 @@ def inject(notebook: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any
 # %% ../../nbs/experiment/execution.ipynb #665891a9
 @dataclass(frozen=True)
 class Trial:
-    """The place of a run in a sweep: the sweep's id, the run's number in it from 0, and the sweep's `plan`."""
+    """The place of a run in a sweep: its id, the run's number in it from 0, and the sweep's `plan`."""
 
     sweep: str
     number: int
