@@ -362,11 +362,10 @@ def compare_command(arguments: argparse.Namespace) -> None:
 @verb(takes("--rebuild", action="store_true", help="read every notebook again"), JSON)
 def index_command(arguments: argparse.Namespace) -> None:
     """The cache of the runs' records, brought up to date."""
-    from nbprod.experiment.index import rebuild, records
+    from nbprod.experiment.index import rebuild, refresh
     from nbprod.settings import load_settings
 
-    settings = load_settings()
-    count = rebuild(settings) if arguments.rebuild else len(records(settings))
+    count = (rebuild if arguments.rebuild else refresh)(load_settings())
     print_json({"runs": count}) if arguments.json else print(f"{count} runs in the index")
 
 # %% ../nbs/cli.ipynb #f3003f2a

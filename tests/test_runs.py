@@ -4,62 +4,24 @@ import json
 import random
 import signal
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from running import start_driver, wait_for, write_notebook
+from running import command, make, record_and_list, start_driver, truth, wait_for, write_notebook
 
+from nbprod.experiment import database
 from nbprod.experiment import index as index_module
 from nbprod.experiment.execution import run
 from nbprod.experiment.index import records
-from nbprod.experiment.recording import NOTEBOOK_NAME, read_record
+from nbprod.experiment.recording import read_record
 from nbprod.experiment.runs import runs
 from nbprod.settings import load_settings
-
-# Writes runs as the engine does, and lists them after each as a user does.
-MAKE = """
-import sys
-from nbprod.experiment.recording import METADATA_KEY, NOTEBOOK_NAME, write_notebook
-from nbprod.experiment.runs import runs
-from nbprod.settings import load_settings
-
-def make(name, auc=0.7):
-    path = load_settings().runs / name / NOTEBOOK_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"run": name, "status": "succeeded", "notebook": "nbs/train.ipynb", "metrics": {"auc": auc}}
-    record |= {"started": "2026-01-01T09:00:00+00:00", "params": {"depth": len(name)}}
-    record |= {"lineage": {"commit": "0a1b", "packages": {f"package-{each}": "1.0" for each in range(50)}}}
-    write_notebook(path, {"cells": [], "metadata": {METADATA_KEY: record}})
-"""
-space: dict[str, Any] = {}
-exec(MAKE, space)
-make = space["make"]
-
-
-def truth() -> dict[str, Any]:
-    """The records as the notebooks have them."""
-    folders = load_settings().runs.iterdir()
-    return {folder.name: read_record(folder / NOTEBOOK_NAME) for folder in folders}
-
-
-def command(*words: str) -> subprocess.CompletedProcess[str]:
-    """A command of `nbprod`, with its output."""
-    code = "import sys; from nbprod.cli import main; sys.exit(main())"
-    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
 
 
 def test_many_processes_lose_nothing(project: Path) -> None:
     """16 processes record and list at once; each sees its own at once, and the index ends with all."""
-    work = "\nfor number in range(10):\n    name = f'{sys.argv[1]}-{number}'\n    make(name)\n"
-    work += "    assert name in {run.id for run in runs()}, name\n"
-    code = f"import sys; sys.argv[1:] = ['{{}}']\n{MAKE}{work}"
-    workers = [start_driver(code.replace("{}", f"worker{each:02}"), project) for each in range(16)]
-    for worker in workers:
-        output, errors = worker.communicate(timeout=200)
-        assert (worker.returncode, output, errors) == (0, "", "")
+    record_and_list(project)
     assert len(runs()) == 160 and records(load_settings()) == truth()
     with sqlite3.connect(project / ".nbprod" / "index.sqlite") as connection:
         assert connection.execute("SELECT count(*) FROM nbprod_records_1").fetchone() == (160,)
@@ -146,7 +108,7 @@ def test_locked_index(
     """A writer that never ends makes listings say so, and not fail."""
     make("first")
     assert len(runs()) == 1
-    monkeypatch.setattr(index_module, "PATIENCE", 0.2)
+    monkeypatch.setattr(database, "PATIENCE", 0.2)
     writer = sqlite3.connect(project / ".nbprod" / "index.sqlite", isolation_level=None)
     writer.execute("BEGIN IMMEDIATE")
     assert len(runs()) == 1 and caplog.text == ""
@@ -158,7 +120,7 @@ def test_locked_index(
 
 def _opened() -> tuple[Any, str]:
     settings = load_settings()
-    return index_module.open_engine(settings), str(settings.store)
+    return database.open_engine(settings), str(settings.store)
 
 
 def test_interrupted_run_is_found(project: Path) -> None:
