@@ -9,15 +9,16 @@ import argparse
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 # %% auto #0
 __all__ = ['Argument', 'Command', 'VERBS', 'MODEL', 'NAME', 'NOTEBOOK', 'RUN', 'ALIAS', 'WHY', 'PORT', 'JSON', 'PARAMETER',
-           'FILE', 'OPTION', 'RUN_COLUMNS', 'text', 'print_table', 'print_json', 'shown', 'split_assignments',
-           'split_values', 'takes', 'verb', 'new_command', 'demo_command', 'lab_command', 'given_texts', 'typed_values',
-           'option_help', 'add_options', 'params_command', 'print_run', 'run_command', 'varied', 'print_runs',
-           'sweep_command', 'reproduce_command', 'runs_command', 'show_command', 'compare_command', 'index_command',
+           'FILE', 'OPTION', 'RUN_COLUMNS', 'COLORS', 'text', 'print_table', 'print_cells', 'print_json', 'shown',
+           'split_assignments', 'split_values', 'takes', 'verb', 'new_command', 'demo_command', 'lab_command',
+           'given_texts', 'typed_values', 'option_help', 'add_options', 'params_command', 'print_run', 'run_command',
+           'varied', 'print_runs', 'nested_text', 'print_columns', 'sweep_command', 'reproduce_command', 'split_names',
+           'whole_number', 'runs_command', 'list_runs', 'show_command', 'compare_command', 'index_command',
            'models_command', 'print_releases', 'promote_command', 'rollback_command', 'releases_command',
            'build_command', 'serve_command', 'containerize_command', 'monitor_command', 'make_parser', 'join_sort',
            'main']
@@ -32,16 +33,26 @@ def text(value: Any) -> str:
     if isinstance(value, dict):
         return " ".join(f"{name}={text(each)}" for name, each in value.items()) or "-"
     if isinstance(value, (list, tuple)):
-        return ",".join(map(text, value)) or "-"
+        more = f",… ({len(value)})" if len(value) > 10 else ""
+        return ",".join(map(text, value[: 5 if more else 10])) + more or "-"
     return str(value)
 
 
 def print_table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
     """Print `rows` under the headings `columns`, aligned."""
     cells = [list(columns), *([text(row.get(column)) for column in columns] for row in rows)]
-    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
+    print_cells(cells)
+
+
+def print_cells(cells: Sequence[Sequence[str]], end: Collection[int] = ()) -> None:
+    """Print rows of texts, aligned; the columns numbered in `end` at their end."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        padded = [
+            cell.rjust(width) if index in end else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(padded).rstrip())
 
 # %% ../nbs/cli.ipynb #f1d181d3
 def print_json(value: Any) -> None:
@@ -56,7 +67,7 @@ def print_json(value: Any) -> None:
             return {name: plain(item) for name, item in each.items()}
         return [plain(item) for item in each] if isinstance(each, (list, tuple)) else each
 
-    print(json.dumps(plain(value), indent=2, default=str))
+    print(json.dumps(plain(value), indent=2, default=lambda each: getattr(each, "isoformat", each.__str__)()))
 
 # %% ../nbs/cli.ipynb #9b937252
 def shown(path: Any) -> str:
@@ -274,7 +285,8 @@ def run_command(arguments: argparse.Namespace) -> None:
     print_run(nbprod.run(arguments.notebook, values, timeout=arguments.timeout), arguments.json)
 
 # %% ../nbs/cli.ipynb #ad280856
-RUN_COLUMNS = ("id", "status", "notebook", "seconds", "params", "metrics")
+RUN_COLUMNS = ("id", "status", "notebook", "duration", "params", "metrics")
+COLORS = {"succeeded": 32, "failed": 31, "running": 34, "cancelled": 33, "interrupted": 33}  # of the terminal
 
 
 def varied(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -295,7 +307,36 @@ def varied(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def print_runs(rows: Sequence[dict[str, Any]]) -> None:
     """Print runs, a line each."""
-    print_table(varied(rows), RUN_COLUMNS)
+    columns = {name: [row.get(name) for row in varied(rows)] for name in RUN_COLUMNS}
+    print_columns(columns | {"duration": [row["seconds"] for row in rows]})
+
+
+def nested_text(value: Any) -> str:
+    """`text(value)`, without the end of what fills several lines."""
+    whole = text(value)
+    return whole if len(whole) <= 400 else f"{whole[:100]}… ({len(value)})"
+
+
+def print_columns(columns: dict[str, list[Any]]) -> None:
+    """Print values of runs by heading, numbers aligned at their end, a status in the terminal's colour."""
+    import os
+
+    from nbprod.experiment.run_table import column_texts
+
+    texts: dict[str, list[str]] = {}
+    end = set()
+    for index, (name, values) in enumerate(columns.items()):
+        nested = any(isinstance(each, dict) for each in values)
+        found, at_end = (list(map(nested_text, values)), False) if nested else column_texts(name, values)
+        texts[name] = [each or "-" for each in found]
+        end |= {index} if at_end else set()
+    if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+        width = max(map(len, texts.get("status", [])), default=0)
+        painted = [
+            f"\033[{COLORS.get(each, 39)}m{each.ljust(width)}\033[0m" for each in texts.get("status", [])
+        ]
+        texts |= {"status": painted} if painted else {}
+    print_cells([list(texts), *zip(*texts.values(), strict=True)], end)
 
 # %% ../nbs/cli.ipynb #1bc29137
 @verb(NOTEBOOK, PARAMETER, FILE, takes("--jobs", type=int, help="runs at once (default: cores)"), JSON)
@@ -324,18 +365,58 @@ def reproduce_command(arguments: argparse.Namespace) -> None:
     if not result.matched:
         raise SystemExit(1)
 
+# %% ../nbs/cli.ipynb #5b3f7a10
+def split_names(value: str) -> list[str]:
+    """`"id, auc"` as `["id", "auc"]`."""
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("name at least one column, such as id,auc")
+    return names
+
+
+def whole_number(value: str) -> int:
+    """`value` as a whole number of at least 1."""
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"{value!r} is no whole number of at least 1")
+    return int(value)
+
 # %% ../nbs/cli.ipynb #c54cd06b
 @verb(
     takes("--where", metavar="CONDITION", help='such as "params.depth > 4 and metrics.auc >= 0.7"'),
     takes("--sort", help="a metric, parameter or column; -auc for descending"),
+    takes(
+        "--columns",
+        type=split_names,
+        metavar="NAMES",
+        help="what to show, such as id,auc,params.depth,lineage.commit",
+    ),
+    takes("--limit", type=whole_number, metavar="N", help="only the first N"),
     JSON,
 )
 def runs_command(arguments: argparse.Namespace) -> None:
     """The runs, newest first."""
-    from nbprod.experiment.runs import runs
+    from nbprod.experiment.runs import no_collection
 
-    rows = [run.as_dict() for run in runs(arguments.where, arguments.sort)]
-    print_json(rows) if arguments.json else print_runs(rows)
+    with no_collection():  # of no use in the life of one listing, and a quarter of its time
+        list_runs(arguments)
+
+
+def list_runs(arguments: argparse.Namespace) -> None:
+    """Print the runs that were asked for."""
+    from nbprod.experiment.runs import columns_of, runs
+
+    found = runs(arguments.where, arguments.sort)
+    if arguments.columns is None:
+        rows = [run.as_dict() for run in found[: arguments.limit]]
+        print_json(rows) if arguments.json else print_runs(rows)
+        return
+    columns = {
+        name: values[: arguments.limit] for name, values in columns_of(found, arguments.columns).items()
+    }
+    if arguments.json:
+        print_json([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
+    else:
+        print_columns(columns)
 
 
 @verb(RUN, JSON)

@@ -152,6 +152,29 @@ def test_conditions_on_the_command_line(project: Path) -> None:
     assert done.returncode == 2 and not (project / "made").exists()
 
 
+def test_columns_on_the_command_line(project: Path) -> None:
+    for name, auc in (("a", 0.6), ("bb", 0.75), ("ccc", 0.8123)):
+        make(name, auc, seconds=125.2, models=[f"delay:{name}"], data={"train": {"rows": 1000}})
+    wanted = "id,auc,params.depth,lineage.commit,run.seconds,data.train.rows"
+    done = command("runs", "--sort", "-auc", "--columns", wanted, "--limit", "2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split() for line in done.stdout.splitlines()] == [
+        wanted.split(","),
+        ["ccc", "0.8123", "3", "0a1b", "2", "min", "5", "s", "1000"],
+        ["bb", "0.7500", "2", "0a1b", "2", "min", "5", "s", "1000"],
+    ]
+    done = command("runs", "--columns", "started, models", "--limit", "1", "--json")
+    assert json.loads(done.stdout) == [{"started": "2026-01-01T09:00:00+00:00", "models": ["delay:ccc"]}]
+    assert list(runs(sort="auc").frame(["id", "auc"]).itertuples(index=False))[0] == ("a", 0.6)
+    done = command("runs", "--columns", "id,lineage.comit")
+    assert done.returncode == 2 and "Did you mean 'lineage.commit'?" in done.stderr
+    for wrong in (["--columns", ","], ["--limit", "0"], ["--limit", "many"]):
+        assert command("runs", *wrong).returncode == 2
+    assert command("runs", "--columns", "id,auc", "--where", "auc > 1").stdout == "id  auc\n"
+    make("dddd", seconds=None, params={"columns": ["a"] * 1000})
+    assert "columns=a,a,a,a,a,… (1000)" in command("runs").stdout
+
+
 def test_compare_on_the_command_line(project: Path) -> None:
     cell = "from nbprod.experiment.recording import log_data, log_metrics\nimport pandas as pd\n"
     cell += "log_data('train', pd.DataFrame({'depth': [depth]}))\nlog_metrics(share=1 / depth)"
