@@ -126,15 +126,17 @@ def notebook_link(path: Path) -> str | None:
     return None if hidden and "NBPROD_LAB" not in os.environ else quote(Path(relative).as_posix())
 
 # %% ../../nbs/experiment/run_table.ipynb #0d00b023
+# The class is named twice to come before what JupyterLab says of tables.
 STYLE = """<style>
-table.nbprod-runs { border-collapse: collapse; width: auto; margin: 0;
+table.nbprod-runs.nbprod-runs { border-collapse: collapse; width: auto; margin: 0;
   font-size: var(--jp-ui-font-size1, 13px); color: var(--jp-ui-font-color1, inherit); }
-table.nbprod-runs th, table.nbprod-runs td { padding: 4px 10px; text-align: left; white-space: nowrap;
-  border: 0; border-bottom: 1px solid var(--jp-border-color2, #8886); vertical-align: baseline; }
-table.nbprod-runs th { font-weight: 600; color: var(--jp-ui-font-color2, inherit); }
-table.nbprod-runs .nbprod-end { text-align: right; font-variant-numeric: tabular-nums; }
-table.nbprod-runs a { color: var(--jp-content-link-color, #3d8bfd); }
-table.nbprod-runs .nbprod-dot::before { content: "\\25CF"; margin-right: 0.5em; }
+table.nbprod-runs.nbprod-runs th, table.nbprod-runs.nbprod-runs td {
+  padding: 4px 10px; text-align: left; white-space: nowrap; vertical-align: baseline;
+  border: 0; border-bottom: 1px solid var(--jp-border-color2, #8886); }
+table.nbprod-runs.nbprod-runs th { font-weight: 600; color: var(--jp-ui-font-color2, inherit); }
+table.nbprod-runs.nbprod-runs .nbprod-end { text-align: right; font-variant-numeric: tabular-nums; }
+table.nbprod-runs.nbprod-runs a { color: var(--jp-content-link-color, #3d8bfd); }
+table.nbprod-runs.nbprod-runs .nbprod-dot::before { content: "\\25CF"; margin-right: 0.5em; }
 .nbprod-succeeded::before { color: var(--jp-success-color1, #43a047); }
 .nbprod-failed::before { color: var(--jp-error-color1, #e53935); }
 .nbprod-running::before { color: var(--jp-info-color1, #1e88e5); }
