@@ -18,10 +18,10 @@ __all__ = ['Argument', 'Command', 'VERBS', 'MODEL', 'NAME', 'NOTEBOOK', 'RUN', '
            'split_assignments', 'split_values', 'takes', 'verb', 'new_command', 'demo_command', 'lab_command',
            'given_texts', 'typed_values', 'option_help', 'add_options', 'params_command', 'print_run', 'run_command',
            'varied', 'print_runs', 'nested_text', 'print_columns', 'sweep_command', 'reproduce_command', 'split_names',
-           'whole_number', 'runs_command', 'list_runs', 'show_command', 'compare_command', 'index_command',
-           'models_command', 'print_releases', 'promote_command', 'rollback_command', 'releases_command',
-           'build_command', 'serve_command', 'containerize_command', 'monitor_command', 'make_parser', 'join_sort',
-           'main']
+           'whole_number', 'print_lineage', 'runs_command', 'list_runs', 'show_command', 'compare_command',
+           'index_command', 'models_command', 'print_releases', 'promote_command', 'rollback_command',
+           'releases_command', 'build_command', 'serve_command', 'containerize_command', 'monitor_command',
+           'make_parser', 'join_sort', 'main']
 
 # %% ../nbs/cli.ipynb #df3968bb
 def text(value: Any) -> str:
@@ -219,12 +219,13 @@ OPTION = "parameter:"
 
 def option_help(parameter: Any) -> str:
     """What `--help` says of a parameter: its comment, its type, its default."""
+    from nbprod.experiment.parameters import type_text
     from nbprod.experiment.values import plain
 
     default = "required" if parameter.required else f"default: {plain(parameter.default)}"
     if parameter.computed:
         default = f"computed: {parameter.default}"
-    facts = f"{parameter.type}; {default}"
+    facts = f"{type_text(parameter)}; {default}"
     return (f"{parameter.help} ({facts})" if parameter.help else facts).replace("%", "%%")
 
 
@@ -241,12 +242,14 @@ def add_options(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     except NbprodError:  # the verb itself will say so
         return
     parser.allow_abbrev = False  # a misspelled parameter is none
-    taken = {"--help", *(name for names, _ in VERBS[words[0]][1] for name in names)}
+    taken = ["--help", *(name for names, _ in VERBS[words[0]][1] for name in names)]
     group = parser.add_argument_group(f"parameters of {notebook}")
     for each in parameters:
         name = f"--{each.name.replace('_', '-')}"
         if name not in taken:
             group.add_argument(name, dest=OPTION + each.name, metavar="VALUE", help=option_help(each))
+            taken.append(name)
+    parser.set_defaults(options=taken)
 
 # %% ../nbs/cli.ipynb #d50ab982
 @verb(NOTEBOOK, JSON)
@@ -254,13 +257,15 @@ def params_command(arguments: argparse.Namespace) -> None:
     """A notebook's parameters: name, type, default, help."""
     from pathlib import Path
 
-    from nbprod.experiment.parameters import read_parameters
+    from nbprod.experiment.parameters import read_parameters, type_text
 
-    rows = [parameter.as_dict() for parameter in read_parameters(Path(arguments.notebook))]
+    parameters = read_parameters(Path(arguments.notebook))
+    rows = [parameter.as_dict() for parameter in parameters]
     if arguments.json:
         print_json(rows)
         return
-    for row in rows:
+    for row, parameter in zip(rows, parameters, strict=True):
+        row["type"] = type_text(parameter)
         words = f"computed: {row['default']}" if row["computed"] else text(row["default"])
         row["default"] = "required" if row["required"] else words
     print_table(rows, ["name", "type", "default", "help"])
@@ -380,6 +385,29 @@ def whole_number(value: str) -> int:
         raise argparse.ArgumentTypeError(f"{value!r} is no whole number of at least 1")
     return int(value)
 
+# %% ../nbs/cli.ipynb #5b3f7a13
+def print_lineage(run: Any) -> None:
+    """Print in brief the error, the code, the data and the environment of a run, a line each."""
+    made = run.lineage
+    patch, machine = made.get("patch") or {}, made.get("machine") or {}
+    code = [f"commit {str(made['commit'])[:12]}" if made.get("commit") else "no commit"]
+    code += [f"uncommitted changes in {patch['file']}"] if patch.get("file") else []
+    code += [f"notebook {made['notebook_sha256'][:12]}"] if made.get("notebook_sha256") else []
+    code += [f"own modules {', '.join(made['modules'])}"] if made.get("modules") else []
+    environment = [f"python {made['python']}"] if made.get("python") else []
+    environment += [f"{len(made['packages'])} packages"] if made.get("packages") else []
+    environment += [f"{made['lock']['file']} {made['lock']['sha256'][:12]}"] if made.get("lock") else []
+    environment += [str(machine["platform"])] if machine.get("platform") else []
+    environment += [f"{machine['cpus']} cores"] if machine.get("cpus") else []
+    if run.error:
+        place = f"cell {run.error['cell']}: " if run.error.get("cell") else ""
+        print(f"error     {place}{run.error['error']}")
+    print(f"code      {', '.join(code)}")
+    for name, facts in run.data.items():
+        size = f"{facts['rows']} rows" if "rows" in facts else f"{facts.get('bytes')} bytes"
+        print(f"data      {name}: {size}, {str(facts.get('sha256'))[:12]}")
+    print(f"made with {', '.join(environment) or '-'}")
+
 # %% ../nbs/cli.ipynb #c54cd06b
 @verb(
     takes("--where", metavar="CONDITION", help='such as "params.depth > 4 and metrics.auc >= 0.7"'),
@@ -424,7 +452,10 @@ def show_command(arguments: argparse.Namespace) -> None:
     """One run."""
     from nbprod.experiment.runs import load_run
 
-    print_run(load_run(arguments.run), arguments.json)
+    run = load_run(arguments.run)
+    print_run(run, arguments.json)
+    if not arguments.json:
+        print_lineage(run)
 
 # %% ../nbs/cli.ipynb #e5e4cc6f
 @verb(RUN, takes("other", help="id of the run to compare it with"), JSON)
@@ -435,6 +466,9 @@ def compare_command(arguments: argparse.Namespace) -> None:
     differences = compare(arguments.run, arguments.other)
     if arguments.json:
         print_json(differences.as_dict())
+        return
+    if not differences:
+        print("Nothing differs.")
         return
     columns = ["kind", "name", differences.left.id, differences.right.id]
     print_table([dict(zip(columns, row, strict=True)) for row in differences.table()], columns)
@@ -562,7 +596,8 @@ def make_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     for name, (command, arguments) in VERBS.items():
         about = str(command.__doc__).removesuffix(".")
         made = verbs.add_parser(name, help=about[0].lower() + about[1:], description=about)
-        made.set_defaults(command=command)
+        known = [name for names, _ in arguments for name in names if name.startswith("--")]
+        made.set_defaults(command=command, options=known)
         for names, options in arguments:
             made.add_argument(*names, **options)
         if words and words[0] == name and FILE in arguments:
@@ -587,7 +622,12 @@ def main(words: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     words = join_sort(sys.argv[1:] if words is None else words)
     parser = make_parser(words)
-    arguments = parser.parse_args(words)
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown:
+        from nbprod.errors import did_you_mean
+
+        hint = did_you_mean(unknown[0].partition("=")[0], getattr(arguments, "options", ()))
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}.{hint}")
     if arguments.version:
         from importlib.metadata import version
 

@@ -190,6 +190,51 @@ def test_compare_on_the_command_line(project: Path) -> None:
     names = [(each["kind"], each["name"], each["left"], each["right"]) for each in told["differences"]]
     assert names[:2] == [("params", "depth", 1, 2), ("metrics", "share", 1.0, 0.5)]
     assert [name[:2] for name in names[2:]] == [("data", "train.sha256")]
+    assert command("compare", first.id, first.id).stdout == "Nothing differs.\n"
     assert command("compare", first.id, second.id).stdout.startswith("kind     name")
     done = command("compare", first.id, "2020")
     assert done.returncode == 2 and "is not in" in done.stderr
+
+
+def test_compare_names_changed_code(project: Path) -> None:
+    """A module of the project that changed is code, as the patch that holds the change is."""
+    (project / "own.py").write_text("DEPTH = 1\n")
+    notebook = write_notebook(project / "nbs" / "train.ipynb", "seed = 1", "from own import DEPTH")
+    first = run(notebook, progress=False)
+    (project / "own.py").write_text("DEPTH = 2\n")
+    second = run(notebook, progress=False)
+    found = json.loads(command("compare", first.id, second.id, "--json").stdout)["differences"]
+    assert {"modules.own", "patch.sha256", "library_sha256"} == {each["name"] for each in found}
+    assert {each["kind"] for each in found} == {"code"}
+
+
+def test_show_tells_what_made_a_run(project: Path) -> None:
+    cell = "from nbprod.experiment.recording import log_data\nimport pandas as pd\n"
+    cell += "log_data('train', pd.DataFrame({'depth': [depth]}))\nraise ValueError('too deep')"
+    write_notebook(project / "nbs" / "train.ipynb", "depth = 1", cell)
+    assert command("run", "nbs/train.ipynb").returncode == 1
+    told = command("show", runs()[0].id).stdout.splitlines()
+    lines = {line[:10].strip(): line[10:] for line in told}
+    assert lines["error"].startswith("cell ") and lines["error"].endswith("ValueError: too deep")
+    assert lines["code"].startswith("commit ") and "changes.patch" in lines["code"]
+    assert lines["data"].startswith("train: 1 rows, ") and lines["made with"].startswith("python 3.")
+
+
+def test_misspelled_options_get_a_suggestion(project: Path) -> None:
+    write_notebook(project / "nbs" / "train.ipynb", "learning_rate = 1")
+    for words in (
+        ["run", "nbs/train.ipynb", "--learning-rat", "2"],
+        ["run", "nbs/train.ipynb", "--timeot=3"],
+    ):
+        done = command(*words)
+        assert done.returncode == 2 and "Did you mean '--" in done.stderr
+    assert "Did you mean '--columns'?" in command("runs", "--colums", "id").stderr and not runs()
+
+
+def test_members_of_an_enum_are_named(project: Path) -> None:
+    source = "from enum import Enum\nclass Color(Enum):\n    RED = 1\n    BLUE = 2\ncolor: Color = Color.RED"
+    write_notebook(project / "nbs" / "train.ipynb", source)
+    asked = [["run", "nbs/train.ipynb", "--help"], ["params", "nbs/train.ipynb"]]
+    asked += [["run", "nbs/train.ipynb", "-p", "color=green"]]
+    for done in (command(*words) for words in asked):
+        assert "Color (RED, BLUE)" in done.stdout + done.stderr
