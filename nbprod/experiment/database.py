@@ -18,14 +18,14 @@ from ..errors import SettingsError
 from ..settings import Settings
 
 # %% auto #0
-__all__ = ['DRIVERS', 'PATIENCE', 'LOCK', 'NOWHERE', 'ANSWER', 'TUNE', 'index_url', 'shown_url', 'reason_of', 'open_engine',
+__all__ = ['DRIVERS', 'PATIENCE', 'LOCK', 'NOWHERE', 'ANSWER', 'TUNE', 'database_url', 'shown_url', 'reason_of', 'open_engine',
            'transaction']
 
 # %% ../../nbs/experiment/database.ipynb #da15f4bd
 DRIVERS = dict.fromkeys(("postgresql", "postgres"), "postgresql+psycopg")
 
 
-def index_url(settings: Settings) -> sql.URL:
+def database_url(settings: Settings) -> sql.URL:
     """The URL of the index, with its driver. `SettingsError` if the setting `index` is none."""
     if not settings.index:
         return sql.URL.create("sqlite", database=str(settings.store / "index.sqlite"))
@@ -109,7 +109,7 @@ TUNE = {"sqlite": _tune_sqlite, "postgresql": _tune_postgresql}
 
 def open_engine(settings: Settings) -> sql.Engine:
     """The engine of the index. `SettingsError` if its URL is none, or if its driver is not installed."""
-    url = index_url(settings)
+    url = database_url(settings)
     backend = url.get_backend_name()
     options: dict[str, Any] = {"connect_args": _connecting(url), "hide_parameters": True}
     try:
