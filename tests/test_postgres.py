@@ -17,6 +17,7 @@ import pytest
 from conftest import require_debian
 from running import command, make, record_and_list, start_recording, truth, wait_for, write_notebook
 
+from nbprod.experiment import database as database_module
 from nbprod.experiment import index as index_module
 from nbprod.experiment.index import rebuild, records
 from nbprod.experiment.recording import read_record
@@ -268,6 +269,22 @@ def test_server_that_refuses_to_write(server: Server) -> None:
     done = command("runs", "--json")
     assert done.returncode == 0 and "read-only transaction" in done.stderr and done.stderr.count("\n") == 1
     assert command("index").returncode == 1
+
+
+@pytest.mark.usefixtures("database")
+def test_writer_that_never_ends(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It makes listings say so, and not wait for ever; readers do not wait at all."""
+    make("first")
+    assert len(runs()) == 1
+    monkeypatch.setattr(database_module, "PATIENCE", 0.2)
+    with psycopg.connect(server.url("runs")) as writer:
+        writer.execute("SELECT pg_advisory_xact_lock(%s)", [database_module.LOCK])
+        assert len(runs()) == 1 and caplog.text == ""
+        make("second")
+        assert len(runs()) == 2 and "lock timeout" in caplog.text and len(rows(server, "runs")) == 1
+    assert len(runs()) == 2 and len(rows(server, "runs")) == 2
 
 
 @pytest.mark.usefixtures("project")

@@ -177,21 +177,18 @@ def _find(run: Run, name: Name) -> Any:
     if name[0] == "run":
         found = getattr(run, name[1])
         return found["error"] if name[1] == "error" and found else found
-    found = getattr(run, name[0])
-    for length in range(2, len(name) + 1):  # a metric such as val.auc is one name of two parts
-        key = ".".join(name[1:length])
-        if key in found:
-            return found[key] if length == len(name) else _find_in(found[key], name[length:])
-    raise KeyError(name)
+    return _find_in(getattr(run, name[0]), name[1:])
 
 
 def _find_in(value: Any, parts: Name) -> Any:
     """The item of nested dicts that `parts` lead to; `KeyError` if there is none."""
-    for part in parts:
-        if not isinstance(value, dict):
-            raise KeyError(part)
-        value = value[part]
-    return value
+    if not parts:
+        return value
+    for length in range(len(parts), 0, -1):  # a metric such as val.auc is one name of two parts
+        key = ".".join(parts[:length])
+        if isinstance(value, dict) and key in value:
+            return _find_in(value[key], parts[length:])
+    raise KeyError(parts)
 
 # %% ../../nbs/experiment/runs.ipynb #b491e3f1
 def _known(run: Run, name: Name) -> bool:
