@@ -70,7 +70,7 @@ def _at(path: Path, node: Node) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[SafeLoader, Node | None]]:
-    """A reader of the YAML at `path` and its root, None of an empty file. `ParameterError` if there is none."""
+    """A reader of the YAML at `path` and its root, None if it is empty. `ParameterError` if there is none."""
     from yaml import SafeLoader, YAMLError
 
     try:

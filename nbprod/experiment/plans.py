@@ -54,9 +54,9 @@ def _positions(lists: Mapping[str, Sequence[Any]], trials: int, random: Random) 
 def _combination(lists: Mapping[str, Sequence[Any]], position: int) -> dict[str, Any]:
     """The combination at a position in the list of all of them."""
     chosen = {}
-    for name, values in reversed(lists.items()):
-        position, index = divmod(position, len(values))
-        chosen[name] = values[index]
+    for name in reversed(list(lists)):
+        position, index = divmod(position, len(lists[name]))
+        chosen[name] = lists[name][index]
     return {name: chosen[name] for name in lists}
 
 # %% ../../nbs/experiment/plans.ipynb #00c8e1e3

@@ -24,6 +24,8 @@ from ..settings import Settings, load_settings
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from nbprod.experiment.plots import Plot
+
 # %% auto #0
 __all__ = ['STAGED', 'INTERRUPTED', 'FIELDS', 'GROUPS', 'COLUMNS', 'Name', 'show', 'Run', 'run_from_record', 'close_record',
            'read_run', 'value_of', 'keys_of', 'whole_name', 'Runs', 'runs', 'load_run']
@@ -317,6 +319,12 @@ class Runs(Sequence[Run]):
     def frame(self) -> DataFrame:
         """A DataFrame with one row a run: its fields, `params.*`, `metrics.*`, models and commit."""
         return _frame(self)
+
+    def plot(self, metric: str | None = None) -> Plot:
+        """A metric (default: the first that was logged) by the parameters that vary, drawn in a notebook."""
+        from nbprod.experiment.plots import Plot
+
+        return Plot(self, metric)
 
     def __repr__(self) -> str:
         counts = Counter(run.status for run in self).items()

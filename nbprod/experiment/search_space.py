@@ -108,12 +108,14 @@ def _check_list(parameter: Parameter, values: Any) -> list[Any]:
 
 
 def check_space(parameters: Sequence[Parameter], given: Mapping[str, Iterable[Any] | Range]) -> Space:
-    """What to try by name, as the parameters take it. `ParameterError` for a name or value that they do not."""
+    """What to try by name, as the parameters take it. `ParameterError` for a name or value that is refused."""
     space: Space = {}
     for name, values in given.items():
         parameter = known_parameter(parameters, name)
-        is_range = isinstance(values, Range)
-        space[name] = check_range(parameter, values) if is_range else _check_list(parameter, values)
+        if isinstance(values, Range):
+            space[name] = check_range(parameter, values)
+        else:
+            space[name] = _check_list(parameter, values)
     return space
 
 # %% ../../nbs/experiment/search_space.ipynb #af3b6709
@@ -122,7 +124,7 @@ FORM = re.compile(rf"({NUMBER})\.\.({NUMBER})(:log)?")
 
 
 def read_range(parameter: Parameter, text: str) -> Range | None:
-    """The range that `text` writes down; None if it writes none. `ParameterError` for one that does not fit."""
+    """The range that `text` writes down; None if it writes none. `ParameterError` for one that is refused."""
     found = FORM.fullmatch(text.strip())
     if found is None or _is_value(parameter, text):
         return None

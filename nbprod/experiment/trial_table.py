@@ -18,7 +18,7 @@ __all__ = ['read_table']
 
 # %% ../../nbs/experiment/trial_table.ipynb #d0cd9f33
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Line number and cells of each row at `path` that is not empty. `ParameterError` if it cannot be read."""
+    """Line number and cells of each row at `path` that is not empty. `ParameterError` if unreadable."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
