@@ -16,9 +16,9 @@ from .runs import Run
 from .scales import FEW, Scale, is_number, label_of, scale_for
 
 # %% auto #0
-__all__ = ['TRIAL', 'POINT', 'BEST', 'UNWRITABLE', 'MOST_AXES', 'PANEL_WIDTH', 'PANEL_HEIGHT', 'LISTED', 'varied', 'value_in',
-           'planned_log', 'safe', 'short', 'write', 'line', 'picture', 'Box', 'Drawn', 'frame', 'dot', 'cross', 'panel',
-           'upright', 'parallel', 'described', 'first_metric', 'Plot']
+__all__ = ['TRIAL', 'POINT', 'BEST', 'PAPER', 'UNWRITABLE', 'INSET', 'MOST_AXES', 'PANEL_WIDTH', 'PANEL_HEIGHT', 'LISTED',
+           'varied', 'value_in', 'planned_log', 'safe', 'short', 'write', 'line', 'picture', 'Box', 'Drawn', 'frame',
+           'dot', 'cross', 'panel', 'upright', 'parallel', 'described', 'first_metric', 'Plot']
 
 # %% ../../nbs/experiment/plots.ipynb #6dcf96c8
 TRIAL = "trial"
@@ -49,6 +49,7 @@ def planned_log(runs: Sequence[Run], name: str) -> bool | None:
 # %% ../../nbs/experiment/plots.ipynb #58790ae4
 POINT = "var(--jp-brand-color1, #1976d2)"
 BEST = "var(--jp-warn-color1, #e65100)"
+PAPER = "var(--jp-layout-color0, transparent)"  # behind text that lines would cross
 UNWRITABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -84,9 +85,12 @@ def picture(width: float, height: float, label: str, marks: Iterator[str]) -> st
     )
 
 # %% ../../nbs/experiment/plots.ipynb #a34abb4c
+INSET = 8.0
+
+
 @dataclass(frozen=True)
 class Box:
-    """A place in a picture, in its units."""
+    """A place in a picture, in its units; what is drawn keeps `INSET` away from its edges."""
 
     left: float
     top: float
@@ -95,11 +99,11 @@ class Box:
 
     def x(self, share: float) -> float:
         """The place that is `share` of the way to the right."""
-        return self.left + share * self.width
+        return self.left + INSET + share * (self.width - 2 * INSET)
 
     def y(self, share: float) -> float:
         """The place that is `share` of the way up."""
-        return self.top + (1 - share) * self.height
+        return self.top + INSET + (1 - share) * (self.height - 2 * INSET)
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ class Drawn:
 def frame(box: Box, x: Scale, y: Scale, name: str) -> Iterator[str]:
     """The axes of a panel, with ticks and the parameter's name."""
     for share, text in y.ticks():
-        yield line(box.left, box.y(share), box.x(1), box.y(share))
+        yield line(box.left, box.y(share), box.left + box.width, box.y(share))
         yield write(box.left - 6, box.y(share) + 4, text, "end", "opacity:.75")
     most = FEW if x.numeric else int(box.width // 44)
     ticks = x.ticks(most)
@@ -176,7 +180,10 @@ def upright(x: float, box: Box, name: str, scale: Scale, room: int) -> Iterator[
     yield write(x, box.top - 12, f"{short(name, room)}{' (log)' if scale.log else ''}", "middle")
     for share, text in scale.ticks(FEW if scale.numeric else int(box.height // 16)):
         yield line(x - 3, box.y(share), x + 3, box.y(share), 0.6)
-        yield write(x + 6, box.y(share) + 4, short(text, room), style="opacity:.75;paint-order:stroke")
+        text = short(text, room)
+        paper = f'x="{x + 5:.1f}" y="{box.y(share) - 7:.1f}" width="{6.8 * len(text) + 3:.1f}" height="14"'
+        yield f'<rect {paper} style="fill:{PAPER};fill-opacity:.8"/>'
+        yield write(x + 6, box.y(share) + 4, text)
 
 
 def parallel(
