@@ -59,8 +59,9 @@ def safe(text: str) -> str:
 
 
 def short(text: str, most: int) -> str:
-    """`text`, cut to at most `most` characters."""
-    return text if len(text) <= most else f"{text[: max(1, most - 1)]}…"
+    """`text`, with its middle left out if it has more than `most` characters."""
+    tail = max(0, (most - 1) // 3)
+    return text if len(text) <= most else f"{text[: max(1, most - 1 - tail)]}…{text[len(text) - tail :]}"
 
 
 def write(x: float, y: float, text: str, anchor: str = "start", style: str = "") -> str:
@@ -121,14 +122,17 @@ def frame(box: Box, x: Scale, y: Scale, name: str) -> Iterator[str]:
     for share, text in y.ticks():
         yield line(box.left, box.y(share), box.left + box.width, box.y(share))
         yield write(box.left - 6, box.y(share) + 4, text, "end", "opacity:.75")
-    most = FEW if x.numeric else int(box.width // 44)
+    longest = max((len(text) for text in x.names.values()), default=0)
+    most = FEW if x.numeric else max(FEW, int(box.width // max(7 * longest + 12, 44)))
+    most = 3 if len(x.names) > most and longest > FEW else most
+    bottom = box.top + box.height
     ticks = x.ticks(most)
-    room = int(box.width / max(1, len(ticks)) / 6.5)
+    room = int(box.width / max(1, len(ticks)) / 7.5)
     for share, text in ticks:
-        yield line(box.x(share), box.y(0) + 8, box.x(share), box.y(0) + 12, 0.5)
-        yield write(box.x(share), box.y(0) + 25, short(text, max(room, 4)), "middle", "opacity:.75")
+        yield line(box.x(share), bottom + 10, box.x(share), bottom + 14, 0.5)
+        yield write(box.x(share), bottom + 27, short(text, max(room, 4)), "middle", "opacity:.75")
     scale = " (log scale)" if x.log else ""
-    yield write(box.x(0.5), box.y(0) + 43, f"{short(name, int(box.width / 7))}{scale}", "middle")
+    yield write(box.x(0.5), bottom + 45, f"{short(name, int(box.width / 7))}{scale}", "middle")
 
 # %% ../../nbs/experiment/plots.ipynb #a86a4bb1
 def dot(x: float, y: float, run: Drawn) -> str:
@@ -160,7 +164,7 @@ def panel(
             continue
         aside = ((number * 0.618) % 1 - 0.5) * spread  # so that equal runs do not hide each other
         if height is None:
-            marks.append(cross(box.x(share + aside), box.y(0) + 4, run))
+            marks.append(cross(box.x(share + aside), box.top + box.height + 5, run))
         else:
             means.setdefault(share, []).append(height)
             marks.append(dot(box.x(share + aside), box.y(height), run))

@@ -142,9 +142,9 @@ class Adaptive:
                 self._add(run)
 
     def _outcome(self, run: Run) -> dict[str, Any]:
-        """What Optuna is told of a run: its value, or that it failed."""
+        """What Optuna is told of a run: its value, or that it has none."""
         value = self.goal.value(run)
-        return {"state": self.optuna.trial.TrialState.FAIL} if value is None else {"values": [value]}
+        return {"state": self.optuna.trial.TrialState.PRUNED} if value is None else {"values": [value]}
 
     def _add(self, run: Run) -> None:
         """Tell Optuna of a run that it was not asked for."""
