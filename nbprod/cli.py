@@ -591,8 +591,8 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     try:
         arguments.command(arguments)
-    except KeyboardInterrupt as error:
-        print(f"nbprod: interrupted. {error}".removesuffix(". "), file=sys.stderr)
+    except KeyboardInterrupt:
+        print("nbprod: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         sys.stderr.close()

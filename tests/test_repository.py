@@ -172,7 +172,7 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def test_settings_ask_for_what_is_imported() -> None:
-    """What nbprod imports is a requirement with a range of its own, if only of an extra, and not by chance."""
+    """What nbprod imports is a requirement with a range of its own, if only of an extra."""
     extras = set(settings()["extras"]) - set(settings().defaults()) - {"dev"}
     asked = {canonicalize_name(requirement.name) for requirement in requirements(*extras)}
     owners = packages_distributions()

@@ -206,11 +206,12 @@ def interrupted_sweep(
     driver = start_driver(code, project)
     wait_for(lambda: len(started(project)) == 4, "two kernels after two runs")
     driver.send_signal(how)
-    driver.communicate(timeout=60)
+    said = driver.communicate(timeout=60)[1]
     wait_for(lambda: not any(alive(pid) for _, pid in started(project)), "the end of the kernels")
     (project / "nbs" / "go").touch()
     [identity] = {run.sweep for run in runs()}
     assert identity is not None
+    assert (f"sweep {identity} was interrupted" in said) == (how == signal.SIGINT)
     return identity
 
 
@@ -282,7 +283,7 @@ def test_only_the_same_sweep_goes_on(project: Path, capsys: pytest.CaptureFixtur
 
 
 def test_two_at_once(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two sweeps in one project do not disturb each other, and nobody else can resume one that is executed."""
+    """Two sweeps in one project do not disturb each other, and nobody else resumes one meanwhile."""
     graded(project, WAITING)
     code = "from nbprod.experiment.sweeps import sweep; "
     code += "sweep('nbs/graded.ipynb', {'depth': [0, 2, 3]}, jobs=1, progress=False)"
@@ -304,7 +305,9 @@ def test_two_at_once(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_grid_loads_nothing_heavy(project: Path) -> None:
     graded(project)
-    code = "import sys, nbprod.experiment.sweeps as s; s.sweep('nbs/graded.ipynb', {'depth': [4]}, progress=False); "
-    code += "print({'pandas', 'numpy', 'optuna', 'yaml', 'sqlalchemy', 'papermill', 'distributed'} & {*sys.modules})"
+    code = "import sys; from nbprod.experiment.sweeps import sweep; "
+    code += "sweep('nbs/graded.ipynb', {'depth': [4, 5]}, progress=False); "
+    heavy = ["pandas", "numpy", "optuna", "yaml", "sqlalchemy", "papermill", "distributed"]
+    code += f"print({{*{heavy}}} & {{*sys.modules}})"
     driver = start_driver(code, project)
     assert driver.communicate(timeout=60)[0].strip() == "set()"

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CellError, RunError, UsageError
-from .kernels import WarmKernels, warm_kernels
+from .kernels import WarmKernels
 from .lineage import lineage
 from .notebook import parse_notebook, read_content
+from .pool import warm_kernels
 from .parameters import TAG, Parameter, check_values, effective_values
 from .parameters import injected_cell, notebook_parameters, secret_variables
 from .progress import Listener, cell_progress
@@ -149,7 +150,7 @@ def inject(notebook: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any
 # %% ../../nbs/experiment/execution.ipynb #665891a9
 @dataclass(frozen=True)
 class Trial:
-    """The place of a run in a sweep: the sweep's id, the run's number in it from 0, and the sweep's `plan`."""
+    """The place of a run in a sweep: its id, the run's number in it from 0, and the sweep's `plan`."""
 
     sweep: str
     number: int
@@ -265,11 +266,11 @@ def _task(source: Source, values: Mapping[str, Any], folder: Path, scratch: str)
 
 # %% ../../nbs/experiment/execution.ipynb #d9dcdfcc
 def kernels_for(
-    source: Source, runs: int, threads: int | None
+    source: Source, values: Mapping[str, Any], threads: int | None = None
 ) -> contextlib.AbstractContextManager[WarmKernels | str]:
-    """Warm kernels for that many runs of a notebook, or the reason why there are none."""
-    if runs < 2:
-        return contextlib.nullcontext("it is a single run")
+    """Warm kernels for runs of a notebook with such values, or the reason why there are none."""
+    if secret_variables(source.parameters, values):
+        return contextlib.nullcontext("it has secrets")
     notebook = parse_notebook(source.content, source.path)
     cells = [cell for cell in notebook["cells"] if cell.get("cell_type") == "code"]
     texts = ["".join(cell.get("source") or ()) for cell in cells]
@@ -286,7 +287,7 @@ def execute(
     threads: int | None = None,
     cancelled: threading.Event | None = None,
     on_event: Listener = lambda _: None,
-    warm: WarmKernels | str = "it is a single run",
+    warm: WarmKernels | str = "it was not asked for",
 ) -> Run:
     """Execute a notebook with values that were checked, and return the run however it ended.
 
@@ -355,8 +356,8 @@ def run(
     checked = check_values(source.parameters, {**(parameters or {}), **values})
     if timeout is not None and not timeout > 0:
         raise UsageError(f"timeout must be a number of seconds above 0, not {timeout!r}.")
-    with cell_progress(source.path.name, progress) as hear:
-        finished = execute(source, checked, timeout=timeout, on_event=hear)
+    with cell_progress(source.path.name, progress) as hear, kernels_for(source, checked) as warm:
+        finished = execute(source, checked, timeout=timeout, on_event=hear, warm=warm)
     if finished.status == "cancelled":
         raise KeyboardInterrupt
     if finished.status != "succeeded":

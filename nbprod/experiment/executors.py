@@ -60,8 +60,8 @@ class LocalExecutor:
 
 
 @contextlib.contextmanager
-def open_local(source: Source, order: Order, *, jobs: int, count: int) -> Iterator[LocalExecutor]:
-    """An executor for `count` runs of a notebook, `jobs` at a time."""
+def open_local(source: Source, order: Order, jobs: int, values: Mapping[str, Any]) -> Iterator[LocalExecutor]:
+    """An executor for runs of a notebook with such `values`, `jobs` at a time."""
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
 
     def start(values: Mapping[str, Any], number: int) -> Run:
@@ -81,7 +81,7 @@ def open_local(source: Source, order: Order, *, jobs: int, count: int) -> Iterat
                 raise
             return run
 
-    with kernels_for(source, count, threads) as warm, ThreadPoolExecutor(jobs) as pool:
+    with kernels_for(source, values, threads) as warm, ThreadPoolExecutor(jobs) as pool:
         try:
             yield LocalExecutor(pool, jobs, start)
         except BaseException:  # nothing else begins
@@ -90,11 +90,11 @@ def open_local(source: Source, order: Order, *, jobs: int, count: int) -> Iterat
 
 # %% ../../nbs/experiment/executors.ipynb #65552223
 def open_executor(
-    address: str, source: Source, order: Order, *, jobs: int, count: int
+    address: str, source: Source, order: Order, jobs: int, values: Mapping[str, Any]
 ) -> contextlib.AbstractContextManager[Executor]:
-    """The executor at `address`, for `count` runs of a notebook; locally, `jobs` at a time."""
+    """The executor at `address`, for runs of a notebook with such `values`; locally, `jobs` at a time."""
     if address == LOCAL:
-        return open_local(source, order, jobs=jobs, count=count)
+        return open_local(source, order, jobs, values)
     cluster = import_module("nbprod.experiment.cluster")
     opened: contextlib.AbstractContextManager[Executor] = cluster.open_cluster(
         address,

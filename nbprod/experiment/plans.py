@@ -118,6 +118,12 @@ class Plan:
             return combinations({name: list(values) for name, values in self.space.items()})  # type: ignore[arg-type]
         return None if self.goal else draw(self.space, self.trials, self.seed or 0)
 
+    def example(self) -> dict[str, Any]:
+        """The values of some trial."""
+        if self.rows is not None:
+            return self.rows[0]
+        return {n: v.low if isinstance(v, Range) else v[0] for n, v in self.space.items()}
+
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON can hold it, without what was not given."""
         space = {n: v.as_dict() if isinstance(v, Range) else plain(v) for n, v in self.space.items()}
@@ -156,8 +162,9 @@ def make_plan(
         seed = secrets.randbelow(2**32)
     if type(seed) not in (int, type(None)) or not 0 <= (seed or 0) < 2**32:
         raise UsageError(f"The seed of a search must be a whole number from 0 to 2**32 - 1, not {seed!r}.")
-    check_values(parameters, {name: v.low if isinstance(v, Range) else v[0] for name, v in space.items()})
-    return Plan(space, None, trials, seed if trials is not None else None, goal)
+    plan = Plan(space, None, trials, seed if trials is not None else None, goal)
+    check_values(parameters, plan.example())
+    return plan
 
 
 def _listed(

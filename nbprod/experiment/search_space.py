@@ -108,7 +108,7 @@ def _check_list(parameter: Parameter, values: Any) -> list[Any]:
 
 
 def check_space(parameters: Sequence[Parameter], given: Mapping[str, Iterable[Any] | Range]) -> Space:
-    """What to try by name, as the parameters take it. `ParameterError` for a name or value that is refused."""
+    """What to try by name, as the parameters take it. `ParameterError` for what is refused."""
     space: Space = {}
     for name, values in given.items():
         parameter = known_parameter(parameters, name)

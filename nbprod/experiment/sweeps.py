@@ -123,11 +123,15 @@ def execute_sweep(
 
     if missing:
         with (
-            open_executor(address, source, order, jobs=at_once, count=len(missing)) as executor,
+            open_executor(address, source, order, at_once, state.plan.example()) as executor,
             run_progress(source.path.name, count, progress, goal, [*made.values()]) as hear,
         ):
             limit = None if address == LOCAL else jobs  # the local one keeps to it by itself
-            run_trials(executor, search, missing, on_end, order.cancelled, limit)
+            try:
+                run_trials(executor, search, missing, on_end, order.cancelled, limit)
+            except BaseException:
+                LOGGER.warning("nbprod: sweep %s was interrupted; to resume it, give this id.", order.sweep)
+                raise
     return SweepRuns((made[number] for number in sorted(made)), order.sweep, goal)
 
 
@@ -175,8 +179,4 @@ def sweep(
         if resume is not None:
             state = load_state(identity, source, grid, options, retry_failed=retry_failed)
         order = Order(identity, state.plan.as_dict(), threading.Event(), timeout, retries)
-        try:
-            return execute_sweep(source, state, order, address, jobs, progress)
-        except KeyboardInterrupt as error:
-            error.args = (f"Sweep {identity} was interrupted: resume={identity!r} goes on with it.",)
-            raise
+        return execute_sweep(source, state, order, address, jobs, progress)
