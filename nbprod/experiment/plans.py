@@ -74,7 +74,8 @@ class Goal:
 
     def value(self, run: Run) -> float | None:
         """What `run` reached; None if it did not succeed or has no such number."""
-        return run.metrics.get(self.metric) if run.status == "succeeded" else None
+        value = run.metrics.get(self.metric) if run.status == "succeeded" else None
+        return value if value is not None and math.isfinite(value) else None
 
     def best(self, runs: Iterable[Run]) -> Run | None:
         """The run that reached most, the first of them; None if none has reached anything."""

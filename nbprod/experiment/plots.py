@@ -6,19 +6,17 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from .drawing import BEST, Box, Drawn, panel, parallel, picture, safe, short, write
+from .plans import Goal
 from .runs import Run
-from .scales import FEW, Scale, is_number, label_of, scale_for
+from .scales import Scale, label_of, scale_for
 
 # %% auto #0
-__all__ = ['TRIAL', 'POINT', 'BEST', 'PAPER', 'UNWRITABLE', 'INSET', 'MOST_AXES', 'PANEL_WIDTH', 'PANEL_HEIGHT', 'LISTED',
-           'varied', 'value_in', 'planned_log', 'safe', 'short', 'write', 'line', 'picture', 'Box', 'Drawn', 'frame',
-           'dot', 'cross', 'panel', 'upright', 'parallel', 'described', 'first_metric', 'Plot']
+__all__ = ['TRIAL', 'WIDTH', 'HEIGHT', 'MOST_AXES', 'LISTED', 'varied', 'value_in', 'planned_log', 'described', 'first_metric',
+           'summary', 'headed', 'panels', 'axes', 'Plot']
 
 # %% ../../nbs/experiment/plots.ipynb #6dcf96c8
 TRIAL = "trial"
@@ -46,188 +44,18 @@ def planned_log(runs: Sequence[Run], name: str) -> bool | None:
     space = (runs[0].lineage.get("plan") or {}).get("space") or {}
     return bool(space[name]["log"]) if isinstance(space.get(name), dict) else None
 
-# %% ../../nbs/experiment/plots.ipynb #58790ae4
-POINT = "var(--jp-brand-color1, #1976d2)"
-BEST = "var(--jp-warn-color1, #e65100)"
-PAPER = "var(--jp-layout-color0, transparent)"  # behind text that lines would cross
-UNWRITABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-
-
-def safe(text: str) -> str:
-    """`text` as XML can hold it."""
-    return escape(UNWRITABLE.sub("\N{REPLACEMENT CHARACTER}", text))
-
-
-def short(text: str, most: int) -> str:
-    """`text`, with its middle left out if it has more than `most` characters."""
-    tail = max(0, (most - 1) // 3)
-    return text if len(text) <= most else f"{text[: max(1, most - 1 - tail)]}…{text[len(text) - tail :]}"
-
-
-def write(x: float, y: float, text: str, anchor: str = "start", style: str = "") -> str:
-    """A text in a picture; `anchor` is start, middle or end."""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" style="{style}">{safe(text)}</text>'
-
-
-def line(x1: float, y1: float, x2: float, y2: float, opacity: float = 0.18) -> str:
-    """A thin line in the colour of the text."""
-    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
-    return f'<line {ends} stroke="currentColor" stroke-opacity="{opacity}"/>'
-
-
-def picture(width: float, height: float, label: str, marks: Iterator[str]) -> str:
-    """An SVG picture; `label` says in words what it shows."""
-    font = "font:12px var(--jp-ui-font-family, system-ui, sans-serif)"
-    style = f"max-width:100%;height:auto;{font};color:var(--jp-content-font-color1, currentColor)"
-    head = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}"'
-    body = "".join(marks)
-    return (
-        f'<svg {head} role="img" aria-label="{safe(label)}" fill="currentColor" style="{style}">{body}</svg>'
-    )
-
-# %% ../../nbs/experiment/plots.ipynb #a34abb4c
-INSET = 8.0
-
-
-@dataclass(frozen=True)
-class Box:
-    """A place in a picture, in its units; what is drawn keeps `INSET` away from its edges."""
-
-    left: float
-    top: float
-    width: float
-    height: float
-
-    def x(self, share: float) -> float:
-        """The place that is `share` of the way to the right."""
-        return self.left + INSET + share * (self.width - 2 * INSET)
-
-    def y(self, share: float) -> float:
-        """The place that is `share` of the way up."""
-        return self.top + INSET + (1 - share) * (self.height - 2 * INSET)
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A run in a picture: its values by name of the axis, its metric if it has one, and its description."""
-
-    values: Mapping[str, Any]
-    metric: float | None
-    words: str
-    best: bool = False
-
-
-def frame(box: Box, x: Scale, y: Scale, name: str) -> Iterator[str]:
-    """The axes of a panel, with ticks and the parameter's name."""
-    for share, text in y.ticks():
-        yield line(box.left, box.y(share), box.left + box.width, box.y(share))
-        yield write(box.left - 6, box.y(share) + 4, text, "end", "opacity:.75")
-    longest = max((len(text) for text in x.names.values()), default=0)
-    most = FEW if x.numeric else max(FEW, int(box.width // max(7 * longest + 12, 44)))
-    most = 3 if len(x.names) > most and longest > FEW else most
-    bottom = box.top + box.height
-    ticks = x.ticks(most)
-    room = int(box.width / max(1, len(ticks)) / 7.5)
-    for share, text in ticks:
-        yield line(box.x(share), bottom + 10, box.x(share), bottom + 14, 0.5)
-        yield write(box.x(share), bottom + 27, short(text, max(room, 4)), "middle", "opacity:.75")
-    scale = " (log scale)" if x.log else ""
-    yield write(box.x(0.5), bottom + 45, f"{short(name, int(box.width / 7))}{scale}", "middle")
-
-# %% ../../nbs/experiment/plots.ipynb #a86a4bb1
-def dot(x: float, y: float, run: Drawn) -> str:
-    """The mark of a run that has the metric."""
-    color, radius, opacity = (BEST, 5.5, 1) if run.best else (POINT, 4, 0.75)
-    mark = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" style="fill:{color};fill-opacity:{opacity}">'
-    return f"{mark}<title>{safe(run.words)}</title></circle>"
-
-
-def cross(x: float, y: float, run: Drawn) -> str:
-    """The mark of a run that has not."""
-    path = f"M{x - 3:.1f} {y - 3:.1f}l6 6m0 -6l-6 6"
-    return (
-        f'<path d="{path}" stroke="currentColor" stroke-opacity=".7"><title>{safe(run.words)}</title></path>'
-    )
-
-
-def panel(
-    box: Box, name: str, x: Scale, y: Scale, runs: Sequence[Drawn], *, connected: bool
-) -> Iterator[str]:
-    """The metric by one parameter; `connected` draws a line through the means of the runs at each value."""
-    yield from frame(box, x, y, name)
-    spread = 0.0 if x.numeric else 0.5 / len(x.names)
-    means: dict[float, list[float]] = {}
-    marks = []
-    for number, run in enumerate(sorted(runs, key=lambda run: run.best)):
-        share, height = x.place(run.values[name]), y.place(run.metric)
-        if share is None:
-            continue
-        aside = ((number * 0.618) % 1 - 0.5) * spread  # so that equal runs do not hide each other
-        if height is None:
-            marks.append(cross(box.x(share + aside), box.top + box.height + 5, run))
-        else:
-            means.setdefault(share, []).append(height)
-            marks.append(dot(box.x(share + aside), box.y(height), run))
-    if connected and x.numeric:
-        points = [(share, sum(heights) / len(heights)) for share, heights in sorted(means.items())]
-        path = " ".join(f"{box.x(share):.1f},{box.y(height):.1f}" for share, height in points)
-        yield f'<polyline points="{path}" fill="none" style="stroke:{POINT};stroke-opacity:.4"/>'
-    yield from marks
-
-# %% ../../nbs/experiment/plots.ipynb #d09cfd78
-MOST_AXES = 8
-
-
-def upright(x: float, box: Box, name: str, scale: Scale, room: int) -> Iterator[str]:
-    """One upright axis with its ticks and its name."""
-    yield line(x, box.y(0), x, box.y(1), 0.6)
-    yield write(x, box.top - 12, f"{short(name, room)}{' (log)' if scale.log else ''}", "middle")
-    for share, text in scale.ticks(FEW if scale.numeric else int(box.height // 16)):
-        yield line(x - 3, box.y(share), x + 3, box.y(share), 0.6)
-        text = short(text, room)
-        paper = f'x="{x + 5:.1f}" y="{box.y(share) - 7:.1f}" width="{6.8 * len(text) + 3:.1f}" height="14"'
-        yield f'<rect {paper} style="fill:{PAPER};fill-opacity:.8"/>'
-        yield write(x + 6, box.y(share) + 4, text)
-
-
-def parallel(
-    box: Box, scales: Mapping[str, Scale], metric: str, y: Scale, runs: Sequence[Drawn], *, lowest: bool
-) -> Iterator[str]:
-    """A line for each run that has the metric, across an axis for each parameter and one for the metric."""
-    axes = {**scales, metric: y}
-    places = {name: box.x(number / (len(axes) - 1)) for number, name in enumerate(axes)}
-    having = [(run, height) for run in runs if (height := y.place(run.metric)) is not None]
-    for run, height in sorted(having, key=lambda pair: (pair[0].best, -pair[1] if lowest else pair[1])):
-        shares = [(places[name], scale.place(run.values[name])) for name, scale in scales.items()]
-        points = [(x, share) for x, share in [*shares, (places[metric], height)] if share is not None]
-        path = " ".join(f"{x:.1f},{box.y(share):.1f}" for x, share in points)
-        strength = 1 - height if lowest else height
-        color, width, opacity = (BEST, 3, 1) if run.best else (POINT, 1.5, 0.12 + 0.68 * strength)
-        style = f"stroke:{color};stroke-width:{width};stroke-opacity:{opacity:.2f}"
-        title = f"<title>{safe(run.words)}</title>"
-        yield f'<polyline points="{path}" fill="none" style="{style}">{title}</polyline>'
-    room = int(box.width / len(axes) / 7.5)
-    for name, scale in axes.items():
-        yield from upright(places[name], box, name, scale, room)
-
 # %% ../../nbs/experiment/plots.ipynb #48664306
 def described(run: Run, names: Sequence[str], metric: str | None) -> str:
     """A run in a few words: the values that vary, and the metric or why there is none."""
-    values = ", ".join(
-        f"{name}={short(label_of(run.params.get(name)), 40)}" for name in names if name != TRIAL
-    )
+    texts = {name: short(label_of(run.params.get(name)), 40) for name in names if name in run.params}
+    values = ", ".join(f"{name}={text}" for name, text in texts.items()) or "the same values"
     if run.status != "succeeded":
-        reason = f": {run.error['error']}" if run.error else ""
-        outcome = f"{run.status}{reason}"
+        outcome = f"{run.status}: {run.error['error']}" if run.error else run.status
     elif metric is None or run.metrics.get(metric) is None:
         outcome = f"no {metric or 'metric'}"
     else:
         outcome = f"{metric} {label_of(run.metrics[metric])}"
-    return (
-        f"{outcome} at {values or 'the same values'} (run {run.id})"
-        if run.status == "succeeded"
-        else (f"{values or 'run'} (run {run.id}) {short(outcome, 160)}")
-    )
+    return f"{short(outcome, 160)} with {values} (run {run.id})"
 
 
 def first_metric(runs: Sequence[Run]) -> str | None:
@@ -237,8 +65,57 @@ def first_metric(runs: Sequence[Run]) -> str | None:
     ]
     return next((name for name, value in logged if value is not None), logged[0][0] if logged else None)
 
+# %% ../../nbs/experiment/plots.ipynb #907d792a
+def summary(runs: Sequence[Run], goal: Goal, names: Sequence[str], best: Run | None) -> str:
+    """What a picture of a metric by these parameters shows, in words."""
+    count = f"{len(runs)} run{'s' if len(runs) != 1 else ''}"
+    having = [run for run in runs if goal.value(run) is not None]
+    if not runs:
+        return "Nothing to draw: no runs."
+    if all(run.status != "succeeded" for run in runs):
+        return f"Nothing to draw: none of {count} succeeded."
+    if not having:
+        return f"Nothing to draw: none of {count} logged a number as {goal.metric or 'a metric'}."
+    words = [f"{goal.metric} by {', '.join(names)}: {count}"]
+    if len(having) < len(runs):
+        words.append(f"{len(runs) - len(having)} without {goal.metric}")
+    if best:
+        words.append(f"best: {described(best, names, goal.metric)}")
+    return "; ".join(words)
+
 # %% ../../nbs/experiment/plots.ipynb #af7c5f95
-PANEL_WIDTH, PANEL_HEIGHT = 400, 210
+WIDTH, HEIGHT = 400, 210  # of a panel
+MOST_AXES = 8
+
+
+def headed(left: str, best: str | None, width: float) -> Iterator[str]:
+    """The line above a picture: what it shows, and the best value in the colour of its mark."""
+    yield write(6, 16, short(left, 90), style="font-weight:bold")
+    if best is not None:
+        yield write(width - 10, 16, best, "end", f"fill:{BEST}")
+
+
+def panels(scales: dict[str, Scale], y: Scale, goal: Goal, drawn: Sequence[Drawn]) -> Iterator[str]:
+    """A panel for each of one or two parameters."""
+    best = next((f"● best {label_of(run.metric)}" for run in drawn if run.best), None)
+    yield from headed(goal.metric, best, WIDTH)
+    for number, (name, scale) in enumerate(scales.items()):
+        box = Box(number * WIDTH + 58, 34, WIDTH - 78, HEIGHT)
+        yield from panel(box, name, scale, y, drawn, connected=len(scales) == 1)
+
+
+def axes(scales: dict[str, Scale], y: Scale, goal: Goal, drawn: Sequence[Drawn]) -> Iterator[str]:
+    """Parallel axes for three parameters and more."""
+    best = next((f"━ best {label_of(run.metric)}" for run in drawn if run.best), None)
+    left = f"; without {', '.join(list(scales)[MOST_AXES:])}" if len(scales) > MOST_AXES else ""
+    yield from headed(
+        f"stronger lines: {'lower' if goal.lowest else 'higher'} {goal.metric}{left}", best, 2 * WIDTH
+    )
+    box = Box(50, 56, 2 * WIDTH - 140, HEIGHT + 10)
+    shown = dict(list(scales.items())[:MOST_AXES])
+    yield from parallel(box, shown, goal.metric, y, drawn, lowest=goal.lowest)
+
+# %% ../../nbs/experiment/plots.ipynb #2fcf5536
 LISTED = 10  # of the runs that are not drawn
 
 
@@ -249,97 +126,41 @@ class Plot:
     lowest metric; without it no run is called the best.
     """
 
-    def __init__(self, runs: Sequence[Run], metric: str | None = None, *, lowest: bool | None = None) -> None:
-        self.runs, self.lowest = list(runs), lowest
-        self.metric = metric or first_metric(self.runs)
+    def __init__(self, runs: Iterable[Run], metric: str | None = None, *, lowest: bool | None = None) -> None:
+        self.runs = list(runs)
         self.names = varied(self.runs) or [TRIAL]
-        self.having = [run for run in self.runs if self._number(run) is not None]
-        self.lacking = [run for run in self.runs if self._number(run) is None]
+        self.goal = Goal(metric or first_metric(self.runs) or "", bool(lowest))
+        self.best = None if lowest is None else self.goal.best(self.runs)
+        self.summary = summary(self.runs, self.goal, self.names, self.best)
 
-    def _number(self, run: Run) -> float | None:
-        """The metric of a run; None if it did not succeed, or has no such number."""
-        value = run.metrics.get(self.metric or "")
-        return float(value) if run.status == "succeeded" and value is not None and is_number(value) else None
+    def _drawn(self) -> list[Drawn]:
+        """The runs as the picture needs them."""
 
-    @property
-    def best(self) -> Run | None:
-        """The best run; None if it is not known what is better, or there is none."""
-        if self.lowest is None or not self.having:
-            return None
-        sign = -1 if self.lowest else 1
-        return max(self.having, key=lambda run: sign * (self._number(run) or 0.0))
+        def one(run: Run, number: int) -> Drawn:
+            values = {name: value_in(run, name, number) for name in self.names}
+            words = described(run, self.names, self.goal.metric)
+            return Drawn(values, self.goal.value(run), words, run is self.best)
 
-    def summary(self) -> str:
-        """What the picture shows, in words."""
-        count = f"{len(self.runs)} run{'s' if len(self.runs) != 1 else ''}"
-        if not self.having:
-            ended = [run for run in self.runs if run.status == "succeeded"]
-            if not ended:
-                return (
-                    f"Nothing to draw: none of {count} succeeded."
-                    if self.runs
-                    else "Nothing to draw: no runs."
-                )
-            what = f"has a number as {self.metric}" if self.metric else "logged a metric"
-            return f"Nothing to draw: none of {count} {what}."
-        words = [f"{self.metric} by {', '.join(self.names)}: {count}"]
-        if self.lacking:
-            words.append(f"{len(self.lacking)} without {self.metric}")
-        if self.best:
-            words.append(f"best: {described(self.best, self.names, self.metric)}")
-        return "; ".join(words)
-
-    def _drawn(self, run: Run, number: int) -> Drawn:
-        """A run as the picture needs it."""
-        values = {name: value_in(run, name, number) for name in self.names}
-        words = described(run, self.names, self.metric)
-        return Drawn(values, self._number(run), words, run is self.best)
+        return [one(run, number) for number, run in enumerate(self.runs)]
 
     def _repr_svg_(self) -> str:
-        if not self.having or self.metric is None:
-            return picture(2 * PANEL_WIDTH, 30, self.summary(), iter([write(4, 20, self.summary())]))
-        drawn = [self._drawn(run, number) for number, run in enumerate(self.runs)]
-        names = self.names[:MOST_AXES]
-        scales = {
-            name: scale_for([run.values[name] for run in drawn], planned_log(self.runs, name))
-            for name in names
-        }
-        y = scale_for([run.metric for run in drawn if run.metric is not None], log=False)
-        y = Scale(y.low, y.high) if y.low < y.high else y
-        marks = self._panels(scales, y, drawn) if len(names) <= 2 else self._parallel(scales, y, drawn)
-        width = PANEL_WIDTH * (1 if len(names) == 1 else 2)
-        return picture(width, PANEL_HEIGHT + 90, self.summary(), marks)
-
-    def _panels(self, scales: Mapping[str, Scale], y: Scale, drawn: Sequence[Drawn]) -> Iterator[str]:
-        """A panel for each of one or two parameters."""
-        yield write(6, 16, str(self.metric), style="font-weight:bold")
-        if self.best:
-            value = label_of(self.best.metrics[str(self.metric)])
-            yield write(PANEL_WIDTH - 10, 16, f"● best {value}", "end", f"fill:{BEST}")
-        for number, (name, scale) in enumerate(scales.items()):
-            box = Box(number * PANEL_WIDTH + 58, 34, PANEL_WIDTH - 78, PANEL_HEIGHT)
-            yield from panel(box, name, scale, y, drawn, connected=len(scales) == 1)
-
-    def _parallel(self, scales: Mapping[str, Scale], y: Scale, drawn: Sequence[Drawn]) -> Iterator[str]:
-        """Parallel axes for more."""
-        metric, lowest = str(self.metric), bool(self.lowest)
-        left = self.names[MOST_AXES:]
-        words = f"stronger lines: {'lower' if lowest else 'higher'} {metric}"
-        words += f"; not drawn: {', '.join(left)}" if left else ""
-        yield write(6, 16, short(words, 90), style="opacity:.75")
-        if self.best:
-            value = label_of(self.best.metrics[metric])
-            yield write(2 * PANEL_WIDTH - 10, 16, f"━ best {value}", "end", f"fill:{BEST}")
-        box = Box(50, 56, 2 * PANEL_WIDTH - 140, PANEL_HEIGHT + 10)
-        yield from parallel(box, scales, metric, y, drawn, lowest=lowest)
+        drawn = self._drawn()
+        numbers = [run.metric for run in drawn if run.metric is not None]
+        if not numbers:
+            return picture(2 * WIDTH, 30, self.summary, [write(4, 20, self.summary)])
+        y = Scale(min(numbers), max(numbers), few=() if len({*numbers}) > 1 else numbers[:1])
+        logs = {name: planned_log(self.runs, name) for name in self.names}
+        scales = {name: scale_for([run.values[name] for run in drawn], logs[name]) for name in self.names}
+        draw, count = (panels, len(scales)) if len(scales) <= 2 else (axes, 2)
+        return picture(count * WIDTH, HEIGHT + 90, self.summary, draw(scales, y, self.goal, drawn))
 
     def _repr_html_(self) -> str:
-        told = [described(run, self.names, self.metric) for run in self.lacking[:LISTED]]
-        more = len(self.lacking) - len(told)
-        told += [f"and {more} more"] if more else []
+        lacking = [run for run in self.runs if self.goal.value(run) is None]
+        told = [described(run, self.names, self.goal.metric) for run in lacking[:LISTED]]
+        told += [f"and {len(lacking) - LISTED} more"] if len(lacking) > LISTED else []
         items = "".join(f"<li>{safe(each)}</li>" for each in told)
-        listed = f"<p>Without {safe(self.metric or 'a metric')}:</p><ul>{items}</ul>" if items else ""
+        listed = f"<p>Without {safe(self.goal.metric or 'a metric')}:</p><ul>{items}</ul>" if items else ""
         return f"<div>{self._repr_svg_()}{listed}</div>"
 
     def __repr__(self) -> str:
-        return f"<{self.summary()}>"
+        return f"<{self.summary}>"
