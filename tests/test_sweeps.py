@@ -164,6 +164,7 @@ def test_an_adaptive_search_goes_on_after_failures(project: Path, capfd: pytest.
     assert tried.best("auc").metrics["auc"] > 0.8
     shown = tried._repr_html_()
     assert shown.index("<svg") < shown.index("<table") and "AssertionError" in shown
+    assert "<svg" in runs().plot("auc")._repr_html_()
 
 
 def test_a_trial_without_the_metric_says_so(

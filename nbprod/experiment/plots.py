@@ -15,8 +15,8 @@ from .runs import Run
 from .scales import Scale, label_of, scale_for
 
 # %% auto #0
-__all__ = ['TRIAL', 'WIDTH', 'HEIGHT', 'MOST_AXES', 'LISTED', 'varied', 'value_in', 'planned_log', 'described', 'first_metric',
-           'summary', 'headed', 'panels', 'axes', 'Plot']
+__all__ = ['TRIAL', 'WIDTH', 'HEIGHT', 'MOST_AXES', 'LISTED', 'MOST_RUNS', 'varied', 'value_in', 'planned_log', 'described',
+           'first_metric', 'summary', 'headed', 'panels', 'axes', 'Plot']
 
 # %% ../../nbs/experiment/plots.ipynb #6dcf96c8
 TRIAL = "trial"
@@ -117,6 +117,7 @@ def axes(scales: dict[str, Scale], y: Scale, goal: Goal, drawn: Sequence[Drawn])
 
 # %% ../../nbs/experiment/plots.ipynb #2fcf5536
 LISTED = 10  # of the runs that are not drawn
+MOST_RUNS = 2000  # in a picture; a notebook with more marks opens slowly
 
 
 class Plot:
@@ -132,6 +133,8 @@ class Plot:
         self.goal = Goal(metric or first_metric(self.runs) or "", bool(lowest))
         self.best = None if lowest is None else self.goal.best(self.runs)
         self.summary = summary(self.runs, self.goal, self.names, self.best)
+        if len(self.runs) > MOST_RUNS:
+            self.summary += f"; one in {-(-len(self.runs) // MOST_RUNS)} is drawn"
 
     def _drawn(self) -> list[Drawn]:
         """The runs as the picture needs them."""
@@ -141,7 +144,9 @@ class Plot:
             words = described(run, self.names, self.goal.metric)
             return Drawn(values, self.goal.value(run), words, run is self.best)
 
-        return [one(run, number) for number, run in enumerate(self.runs)]
+        step = -(-len(self.runs) // MOST_RUNS)
+        chosen = [(run, n) for n, run in enumerate(self.runs) if n % step == 0 or run is self.best]
+        return [one(run, number) for run, number in chosen]
 
     def _repr_svg_(self) -> str:
         drawn = self._drawn()
