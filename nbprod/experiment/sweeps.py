@@ -130,7 +130,8 @@ def execute_sweep(
             try:
                 run_trials(executor, search, missing, on_end, order.cancelled, limit)
             except BaseException:
-                LOGGER.warning("nbprod: sweep %s was interrupted; to resume it, give this id.", order.sweep)
+                text = "nbprod: sweep %s was interrupted; to go on with it: nbprod sweep %s --resume %s"
+                LOGGER.warning(text, order.sweep, source.name, order.sweep)
                 raise
     return SweepRuns((made[number] for number in sorted(made)), order.sweep, goal)
 
