@@ -201,7 +201,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'nbprod/experiment/executors.py'),
                                              'nbprod.experiment.executors.LocalExecutor.submit': ( 'experiment/executors.html#localexecutor.submit',
                                                                                                    'nbprod/experiment/executors.py'),
-                                             'nbprod.experiment.executors.Order': ( 'experiment/executors.html#order',
+                                             'nbprod.experiment.executors.Terms': ( 'experiment/executors.html#terms',
                                                                                     'nbprod/experiment/executors.py'),
                                              'nbprod.experiment.executors.open_executor': ( 'experiment/executors.html#open_executor',
                                                                                             'nbprod/experiment/executors.py'),

@@ -20,7 +20,7 @@ from .runs import Run, read_run
 from ..settings import LOCAL
 
 # %% auto #0
-__all__ = ['Executor', 'Order', 'LocalExecutor', 'open_local', 'open_executor']
+__all__ = ['Executor', 'Terms', 'LocalExecutor', 'open_local', 'open_executor']
 
 # %% ../../nbs/experiment/executors.ipynb #af9fd732
 class Executor(Protocol):
@@ -35,7 +35,7 @@ class Executor(Protocol):
 
 
 @dataclass(frozen=True)
-class Order:
+class Terms:
     """What the runs of a sweep have in common: its id and recorded plan, what they may take, what stops them.
 
     `timeout` is in seconds for each run; setting `cancelled` stops those that are under way.
@@ -60,7 +60,7 @@ class LocalExecutor:
 
 
 @contextlib.contextmanager
-def open_local(source: Source, order: Order, jobs: int, values: Mapping[str, Any]) -> Iterator[LocalExecutor]:
+def open_local(source: Source, terms: Terms, jobs: int, values: Mapping[str, Any]) -> Iterator[LocalExecutor]:
     """An executor for runs of a notebook with such `values`, `jobs` at a time."""
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
 
@@ -69,10 +69,10 @@ def open_local(source: Source, order: Order, jobs: int, values: Mapping[str, Any
             return execute(
                 source,
                 values,
-                timeout=order.timeout,
-                trial=Trial(order.sweep, number, order.plan),
+                timeout=terms.timeout,
+                trial=Trial(terms.sweep, number, terms.plan),
                 threads=threads,
-                cancelled=order.cancelled,
+                cancelled=terms.cancelled,
                 warm=warm,
             )
         except RunError as error:
@@ -90,20 +90,20 @@ def open_local(source: Source, order: Order, jobs: int, values: Mapping[str, Any
 
 # %% ../../nbs/experiment/executors.ipynb #65552223
 def open_executor(
-    address: str, source: Source, order: Order, jobs: int, values: Mapping[str, Any]
+    address: str, source: Source, terms: Terms, jobs: int, values: Mapping[str, Any]
 ) -> contextlib.AbstractContextManager[Executor]:
     """The executor at `address`, for runs of a notebook with such `values`; locally, `jobs` at a time."""
     if address == LOCAL:
-        return open_local(source, order, jobs, values)
+        return open_local(source, terms, jobs, values)
     cluster = import_module("nbprod.experiment.cluster")
     opened: contextlib.AbstractContextManager[Executor] = cluster.open_cluster(
         address,
         source,
-        sweep_plan=order.plan,
-        sweep=order.sweep,
-        cancelled=order.cancelled,
+        sweep_plan=terms.plan,
+        sweep=terms.sweep,
+        cancelled=terms.cancelled,
         threads=None,
-        retries=order.retries,
-        timeout=order.timeout,
+        retries=terms.retries,
+        timeout=terms.timeout,
     )
     return opened

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from .execution import Source, new_id, open_source
-from .executors import Executor, Order, open_executor
+from .executors import Executor, Terms, open_executor
 from .plans import Given, Goal, make_goal, make_plan
 from .progress import run_progress
 from .resuming import State, find_sweep, load_state, sweep_lock
@@ -108,7 +108,7 @@ def _judge(run: Run, goal: Goal | None) -> Run:
 
 # %% ../../nbs/experiment/sweeps.ipynb #35de6504
 def execute_sweep(
-    source: Source, state: State, order: Order, address: str, jobs: int | None, progress: bool | None
+    source: Source, state: State, terms: Terms, address: str, jobs: int | None, progress: bool | None
 ) -> SweepRuns:
     """Execute the trials that a sweep lacks, at `address`; the runs of all of its trials."""
     goal = state.plan.goal
@@ -123,17 +123,17 @@ def execute_sweep(
 
     if missing:
         with (
-            open_executor(address, source, order, at_once, state.plan.example()) as executor,
+            open_executor(address, source, terms, at_once, state.plan.example()) as executor,
             run_progress(source.path.name, count, progress, goal, [*made.values()]) as hear,
         ):
             limit = None if address == LOCAL else jobs  # the local one keeps to it by itself
             try:
-                run_trials(executor, search, missing, on_end, order.cancelled, limit)
+                run_trials(executor, search, missing, on_end, terms.cancelled, limit)
             except BaseException:
                 text = "nbprod: sweep %s was interrupted; to go on with it: nbprod sweep %s --resume %s"
-                LOGGER.warning(text, order.sweep, source.name, order.sweep)
+                LOGGER.warning(text, terms.sweep, source.name, terms.sweep)
                 raise
-    return SweepRuns((made[number] for number in sorted(made)), order.sweep, goal)
+    return SweepRuns((made[number] for number in sorted(made)), terms.sweep, goal)
 
 
 def sweep(
@@ -179,5 +179,5 @@ def sweep(
     with sweep_lock(identity, source.settings):
         if resume is not None:
             state = load_state(identity, source, grid, options, retry_failed=retry_failed)
-        order = Order(identity, state.plan.as_dict(), threading.Event(), timeout, retries)
-        return execute_sweep(source, state, order, address, jobs, progress)
+        terms = Terms(identity, state.plan.as_dict(), threading.Event(), timeout, retries)
+        return execute_sweep(source, state, terms, address, jobs, progress)
