@@ -318,6 +318,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'nbprod/experiment/notebook.py'),
                                             'nbprod.experiment.notebook._comments': ( 'experiment/notebook.html#_comments',
                                                                                       'nbprod/experiment/notebook.py'),
+                                            'nbprod.experiment.notebook._flaw': ( 'experiment/notebook.html#_flaw',
+                                                                                  'nbprod/experiment/notebook.py'),
                                             'nbprod.experiment.notebook.assignments': ( 'experiment/notebook.html#assignments',
                                                                                         'nbprod/experiment/notebook.py'),
                                             'nbprod.experiment.notebook.parse_cell': ( 'experiment/notebook.html#parse_cell',

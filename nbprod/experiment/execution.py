@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..errors import CellError, RunError, UsageError
+from ..errors import CellError, ParameterError, RunError, UsageError
 from .changes import PATCH_NAME
 from .kernels import WarmKernels, warm_kernels
 from .lineage import lineage
@@ -68,7 +68,11 @@ def open_source(notebook: str | Path, settings: Settings | None = None) -> Sourc
     if not path.exists() and root and (root / path).exists():
         path = root / path
     content, path = read_content(path), path.resolve()
-    parameters = notebook_parameters(parse_notebook(content, path), path)
+    parsed = parse_notebook(content, path)
+    if parsed.get("nbformat") != 4:
+        form = f"{path} is in the notebook format {parsed.get('nbformat')!r}, not 4"
+        raise ParameterError(f"{form}. Open and save it in JupyterLab first.")
+    parameters = notebook_parameters(parsed, path)
     if settings is None:
         settings = load_settings(path.parent if find_project(path.parent) else None)
     return Source(path, content, parameters, settings)
