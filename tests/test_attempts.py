@@ -1,4 +1,4 @@
-"""Runs that are executed again: what each attempt leaves, what is not retried, and who is killed in between."""
+"""Runs that are executed again: what an attempt leaves, what is not retried, who is killed in between."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def files_of(folder: Path) -> list[str]:
 
 
 def test_each_attempt_is_kept(project: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Two failures and a success are one run: one in the list, one in the index, with its earlier attempts."""
+    """Two failures and a success are one run in the list and the index, with its earlier attempts."""
     finished = run(flaky(project, "1 / 0", attempts=2), months=4, retries=3)
     assert finished.status == "succeeded" and executed(project) == 3 and finished.params == {"months": 4}
     assert [attempt["status"] for attempt in finished.attempts] == ["failed", "failed"]
@@ -171,7 +171,7 @@ def test_ctrl_c_is_the_end_of_all_attempts(project: Path, attempt: int) -> None:
     assert "so far" in found.path.read_text() and not (folder / "model").exists()
 
 
-# The moments between two attempts: the name that is looked up next, at which use, and how the run then stands.
+# The moments between two attempts: the name that is used next, at which use, and how the run then stands.
 BETWEEN: dict[str, Any] = {
     "before the attempt is kept": ("set_aside", 1, "failed", 0),
     "while it is kept": ("shutil.copy2", 2, "failed", 0),

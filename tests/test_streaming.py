@@ -1,4 +1,4 @@
-"""What the cells of a run print, shown while they run: in order, to the right place, and without an end of memory."""
+"""What the cells of a run print, shown while they run: in order, to the right place, in bounded memory."""
 
 import io
 import json
