@@ -2,15 +2,13 @@
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from running import start_driver, write_notebook
+from running import mounted, start_driver, write_notebook
 
 from nbprod.cli import main
 from nbprod.errors import CellError, ParameterError, RunError
@@ -94,23 +92,6 @@ def test_a_syntax_error_in_a_cell(project: Path, cell: str) -> None:
     cells = json.loads(found.path.read_text())["cells"]
     assert "before" in json.dumps(cells[2]["outputs"] + cells[1]["outputs"])
     assert "".join(cells[error.value.cell - 1]["source"]) == cell
-
-
-@contextlib.contextmanager
-def mounted(folder: Path, *options: str) -> Iterator[None]:
-    """A small file system of its own on `folder`; skips where this process may not mount one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(command, capture_output=True)
-    except FileNotFoundError:
-        pytest.skip("there is no program `mount`")
-    if done.returncode != 0:
-        pytest.skip(f"a file system cannot be mounted here: {os.fsdecode(done.stderr).strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def fill(folder: Path) -> None:
