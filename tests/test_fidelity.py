@@ -157,9 +157,9 @@ VARYING = {
     r"0x[0-9a-f]{6,}": "ADDRESS",
     r"/tmp/ipykernel_\d+/\d+\.py": "CELL",
     r"sk-container-id-\d+|sk-estimator-id-\d+": "ESTIMATOR",
-    r"\b[0-9a-f]{32}\b": "MODEL",
+    r"(IPY_MODEL_|\b)[0-9a-f]{32}\b": "MODEL",
     r"\x1b\[[0-9;]*m": "",
-    r"\d\d:\d\d(<|&lt;)\d\d:\d\d,( |&nbsp;)[0-9.?]+it/s": "SPEED",
+    r"\d\d:\d\d&lt;\d\d:\d\d,\s[0-9.?]+it/s": "SPEED",
 }
 
 
@@ -167,7 +167,7 @@ def plain(outputs: list[dict[str, Any]]) -> Any:
     """Outputs without what is different in any two executions by papermill.
 
     Outputs with text reach it in the order in which threads and pipes of the kernel let them go. Of nine
-    executions of one notebook on a busy machine, up to five differed from the first: in where a stream is
+    executions of one notebook on a busy machine, up to four differed from the first: in where a stream is
     cut; in whether `os.system` comes before or after the result of its cell; in the order of what goes to
     standard output and to standard error. So a stream is one text here, at the place of its first piece,
     and standard error is the last; the rest is compared in its order.
