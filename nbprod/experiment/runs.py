@@ -47,6 +47,7 @@ class Run:
     `notebook` is the source, relative to the project; `path` the executed notebook. `params` are the
     effective values, `models` the tags of its models. `seconds` is None while it runs. `error` has `cell`
     (from 1, over all cells of the executed notebook; None if no cell is to blame), `line` and `error`.
+    `attempts` are the earlier ones that a retry replaced, each with `status`, `error`, `started`, `seconds`.
     """
 
     id: str
@@ -64,6 +65,7 @@ class Run:
     data: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
     lineage: dict[str, Any] = field(default_factory=dict, repr=False)
     cells: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    attempts: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
     @property
     def folder(self) -> Path:
