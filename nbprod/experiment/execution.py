@@ -35,7 +35,8 @@ from ..settings import Settings, find_project, load_settings
 
 # %% auto #0
 __all__ = ['LEFTOVERS', 'LOG_NAME', 'Source', 'open_source', 'storing', 'new_id', 'make_folder', 'fresh_notebook', 'inject',
-           'Trial', 'first_record', 'settle', 'on_success', 'announce', 'kernels_for', 'execute', 'run_failure', 'run']
+           'Trial', 'first_record', 'settle', 'on_success', 'announce', 'Order', 'kernels_for', 'execute',
+           'run_failure', 'run']
 
 # %% ../../nbs/experiment/execution.ipynb #b04c1d90
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def inject(notebook: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any
 # %% ../../nbs/experiment/execution.ipynb #665891a9
 @dataclass(frozen=True)
 class Trial:
-    """The place of a run in a sweep: the sweep's id, the run's number in it from 0, and the sweep's `plan`."""
+    """The place of a run in a sweep: the sweep's id, its number in it from 0, and the sweep's `plan`."""
 
     sweep: str
     number: int
@@ -244,6 +245,18 @@ def announce(run: Run, settings: Settings) -> None:
             close_record(run.path, "failed", reason)
         raise RunError(f"Run {run.id} failed. {reason}\n  executed notebook: {run.path}", run.path) from error
 
+# %% ../../nbs/experiment/execution.ipynb #5c1f0a73
+@dataclass(frozen=True)
+class Order:
+    """A run that was begun elsewhere: the folder to execute it in, and the record that it has there."""
+
+    folder: Path
+    record: Mapping[str, Any]
+
+    def begin(self) -> dict[str, Any]:
+        """The record of the run as it starts here, now."""
+        return {**self.record, "started": datetime.now(UTC).isoformat(), "host": platform.node()}
+
 # %% ../../nbs/experiment/execution.ipynb #9c18111e
 def _task(source: Source, values: Mapping[str, Any], folder: Path, scratch: str) -> dict[str, Any]:
     """What a worker has to know."""
@@ -287,19 +300,20 @@ def execute(
     cancelled: threading.Event | None = None,
     on_event: Listener = lambda _: None,
     warm: WarmKernels | str = "it is a single run",
+    order: Order | None = None,
 ) -> Run:
     """Execute a notebook with values that were checked, and return the run however it ended.
 
     `threads` is how many threads a numeric library may use in it; setting `cancelled` stops it; `warm` are
-    kernels that it may use, or the reason why there are none. Raises `RunError` if the record cannot be
-    written or a listener fails.
+    kernels that it may use, or the reason why there are none; `order` is that of another machine. Raises
+    `RunError` if the record cannot be written or a listener fails.
     """
-    folder = make_folder(source.settings, datetime.now(UTC))
+    folder = order.folder if order else make_folder(source.settings, datetime.now(UTC))
     path, lock = folder / NOTEBOOK_NAME, hold(folder)
     try:
         with storing(path):
-            fresh = fresh_notebook(source, first_record(source, values, folder, trial))
-            write_notebook(path, inject(fresh, values))
+            record = order.begin() if order else first_record(source, values, folder, trial)
+            write_notebook(path, inject(fresh_notebook(source, record), values))
         with tempfile.TemporaryDirectory(prefix="nbprod-", ignore_cleanup_errors=True) as scratch:
             task = _task(source, values, folder, scratch) | {"threads": threads}
             if task["secrets"]:  # an ordinary kernel's own output can be thrown away as a whole
@@ -314,7 +328,7 @@ def execute(
             finally:
                 close(worker)
         run = settle(worker, path)
-        if run.status == "succeeded":
+        if run.status == "succeeded" and order is None:
             announce(run, source.settings)
         return run
     finally:
