@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -45,6 +46,7 @@ class Cluster:
     def __init__(self, folder: Path, nanny: str = "--no-nanny", **environment: str) -> None:
         self.folder, self.nanny, self.environment = folder, nanny, os.environ | environment
         self.workers: dict[str, subprocess.Popen[bytes]] = {}
+        self.ways: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {}  # how each was started first
         facts = folder / "scheduler.json"
         options = ["--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(facts)]
         self.scheduler = self.start("scheduler", "dask", "scheduler", *options)
@@ -60,6 +62,7 @@ class Cluster:
     def start_worker(self, name: str, *program: str, **environment: str) -> None:
         folder = self.folder / name
         options = ["--nthreads", "1", "--no-dashboard", self.nanny, "--local-directory", str(folder)]
+        program, environment = self.ways.setdefault(name, (program, environment))
         command = [*(program or ("dask", "worker")), self.address, "--name", name, *options]
         self.workers[name] = self.start(name, *command, **environment)
 
@@ -79,6 +82,14 @@ class Cluster:
             process.wait(timeout=30)
 
 
+def distribution(folder: Path, name: str, version: str) -> Path:
+    """A folder in which that version of a distribution is installed, with nothing in it."""
+    information = folder / f"{name}-{version}.dist-info"
+    information.mkdir(parents=True)
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    return folder
+
+
 @contextmanager
 def new_cluster(folder: Path, *workers: str, **environment: str) -> Iterator[Cluster]:
     """A cluster with workers of these names."""
@@ -95,9 +106,12 @@ def new_cluster(folder: Path, *workers: str, **environment: str) -> Iterator[Clu
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A cluster with two workers, that have a secret of their own."""
+    """A cluster with two workers that have a secret and models of their own; one has a package of its own."""
     folder = tmp_path_factory.mktemp("cluster")
-    with new_cluster(folder, "a", "b", CLUSTER_TOKEN="the-workers-own-token") as cluster:
+    environment = {"CLUSTER_TOKEN": "the-workers-own-token", "BENTOML_HOME": str(folder / "bentoml")}
+    with new_cluster(folder, "a", **environment) as cluster:
+        cluster.start_worker("b", PYTHONPATH=str(distribution(folder / "site", "oddity", "0.0.1")))
+        wait_for(lambda: "Registered to" in cluster.log("b"), "worker b")
         yield cluster
 
 
@@ -159,12 +173,13 @@ def test_runs_are_executed_by_all_workers(
         assert executed["papermill"]["output_path"] == str(run.path)
         assert run.lineage["commit"] and run.lineage["plan"] == plan
         assert run.lineage["cluster"]["scheduler"] == cluster.address
-        assert run.lineage["cluster"]["differs"] == {}
         assert executed["nbprod"]["kernel"]["warm"] and {path.name for path in run.folder.iterdir()} == {
             "notebook.ipynb",
             "changes.patch",
         }
-    assert Path(marks(meeting, 3)[0]["folder"]).is_relative_to(cluster.folder)
+        names = {mark["folder"].rpartition("/")[2]: worker_of(mark, cluster) for mark in marks(meeting, 3)}
+        odd = {"oddity": {"driver": None, "worker": "0.0.1"}} if names[run.id] == "b" else {}
+        assert run.lineage["cluster"]["differs"] == odd
     wait_for(lambda: not [*cluster.folder.glob("*/**/nbprod-*")], "workers that have cleaned up")
     assert capfd.readouterr() == ("", "")
 
@@ -240,8 +255,15 @@ def test_cancelling_saves_what_was_executed(project: Path, cluster: Cluster) -> 
     assert not any(alive(mark["kernel"]) for mark in found)
 
 
-def test_a_killed_driver_ends_its_runs(project: Path, cluster: Cluster) -> None:
-    """The workers notice, and what had begun is recorded as interrupted."""
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGKILL, "interrupted"), (signal.SIGINT, "cancelled")],
+    ids=["kill", "ctrl-c"],
+)
+def test_a_driver_that_ends_early(
+    project: Path, cluster: Cluster, number: signal.Signals, status: str
+) -> None:
+    """The workers notice, what had begun is recorded, and nothing else is begun."""
     source, meeting = waiting_notebook(project)
     code = f"""
 import threading
@@ -255,11 +277,13 @@ with open_cluster({cluster.address!r}, source, **how) as executor:
 """
     driver = start_driver(code, project)
     found = marks(meeting, 2)
-    driver.kill()
-    assert driver.communicate() == ("", "")
+    driver.send_signal(number)
+    output, errors = driver.communicate()
+    assert driver.returncode == -number and output == ""
+    assert "KeyboardInterrupt" in errors.splitlines()[-1] if number == signal.SIGINT else errors == ""
     for mark in found:
         wait_for(lambda mark=mark: not alive(mark["kernel"]), "the end of a kernel")
-    assert [run.status for run in runs()] == ["interrupted", "interrupted"]
+    assert [run.status for run in runs()] == [status, status]
 
 
 def test_a_killed_worker_costs_time_only(project: Path, cluster: Cluster) -> None:
@@ -294,12 +318,9 @@ def test_no_cluster_to_speak_of(
     with pytest.raises(UsageError, match=r"'gopher://here' is no address"):
         opened("gopher://here", source).__enter__()
     # Workers of another nbprod, and without any.
-    information = tmp_path / "site" / "nbprod-0.0.1.dist-info"
-    information.mkdir(parents=True)
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: nbprod\nVersion: 0.0.1\n")
     code = "import sys; sys.modules['nbprod'] = None; from dask.__main__ import main; main()"
     odd: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
-        "old": ((), {"PYTHONPATH": str(information.parent)}),
+        "old": ((), {"PYTHONPATH": str(distribution(tmp_path, "nbprod", "0.0.1"))}),
         "none": ((sys.executable, "-c", code, "worker"), {}),
     }
     for name, message in (("old", "has nbprod 0.0.1, not"), ("none", "cannot import nbprod")):
@@ -352,11 +373,38 @@ def test_a_cluster_that_dies(project: Path, tmp_path: Path) -> None:
             cluster.scheduler.kill()
             run = begun.result()
             assert run.status == "interrupted" and run.error
-            assert run.error["error"] == f"The connection to {cluster.address} was lost."
+            assert run.error["error"] == f"The connection to the cluster at {cluster.address} was lost."
             with pytest.raises(ClusterError, match=r"was lost\. Resume the sweep"):
                 waiting.result()
         wait_for(lambda: not alive(mark["kernel"]), "the end of the kernel")
     assert [run.trial for run in runs()] == [0, 0]
+
+
+def test_models_become_versions_here(project: Path, cluster: Cluster) -> None:
+    """What a run on a worker stages arrives with it, and what follows a success happens at the driver."""
+    cell = """
+from sklearn.dummy import DummyClassifier
+import pandas as pd, nbprod
+rows = pd.DataFrame({"hour": [1, 2, 3, 4]})
+model = DummyClassifier(strategy="constant", constant=seed % 2).fit(rows, [0, 1, 0, 1])
+nbprod.log_model(model, "constant", rows, [0, 1, 0, 1])
+"""
+    source = open_source(write_notebook(project / "nbs" / "model.ipynb", "seed = 1", cell))
+    code = f"""
+import threading, nbprod
+from nbprod.experiment.cluster import open_cluster
+from nbprod.experiment.execution import open_source
+nbprod.join_rooms()
+source = open_source({str(source.path)!r})
+how = {{"sweep": "s1", "sweep_plan": {{}}, "cancelled": threading.Event()}}
+with open_cluster({cluster.address!r}, source, **how) as executor:
+    run = executor.submit({{"seed": 1}}, 0).result()
+print(run.status, run.model, [model.tag for model in nbprod.models()], nbprod.load_model(run.model).run)
+"""
+    output, errors = start_driver(code, project).communicate()
+    [run] = runs()
+    assert output == f"succeeded constant:{run.id} ['constant:{run.id}'] {run.id}\n", errors
+    assert not [*cluster.folder.glob("bentoml/models/*")] and not (run.folder / "model").exists()
 
 
 def test_dask_is_imported_by_those_who_use_it(project: Path) -> None:

@@ -6,195 +6,36 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import json
-import logging
 import os
 import pickle
 import shutil
 import tempfile
 import threading
 import time
-import warnings
-import zipfile
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..errors import ClusterError, RunError, UsageError
+from ..errors import RunError
 from .changes import PATCH_NAME
-from .cluster_worker import Call, cancel, facts_here, leave
-from nbprod.experiment.execution import (
-    Source,
-    Trial,
-    announce,
-    first_record,
-    fresh_notebook,
-    inject,
-    make_folder,
-    storing,
-)
+from .cluster_connection import PATIENCE, check_workers, connected
+from .cluster_watch import Watch
+from .cluster_worker import Call
+from .execution import Source, Trial, announce, first_record, fresh_notebook, inject
+from .execution import make_folder, storing
 from .lineage import seed
 from .parameters import effective_values
-from .recording import NOTEBOOK_NAME, read_record, write_notebook
-from .runs import Run, close_record, read_run, run_from_record
-from .shipment import Job, Shipment, make_shipment, sent
+from .recording import NOTEBOOK_NAME, write_notebook
+from .runs import Run, read_run
+from .shipment import Job, Outcome, Shipment, land, make_shipment, sent
 from .supervision import CANCELLED, GRACE
 from ..files import hold
 
 # %% auto #0
-__all__ = ['PATIENCE', 'MOST', 'quiet', 'connected', 'check_workers', 'Seats', 'Outcome', 'land', 'failure', 'ClusterExecutor',
-           'open_cluster']
-
-# %% ../../nbs/experiment/cluster.ipynb #f11812de
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Let Dask log nothing, unless its configuration says what to log."""
-    import dask
-
-    if dask.config.get("distributed.logging", None) or dask.config.get("logging", None):
-        yield
-        return
-    loggers = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict)]
-    loud = [
-        each for each in loggers if each.name.partition(".")[0] in {"distributed", "tornado"} and each.level
-    ]
-    levels = [each.level for each in loud]
-    for each in loud:
-        each.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        for each, level in zip(loud, levels, strict=True):
-            each.setLevel(level)
-
-# %% ../../nbs/experiment/cluster.ipynb #4ce08b60
-PATIENCE = 15.0  # seconds to wait for a scheduler, and for a first or another worker
-
-
-@contextlib.contextmanager
-def connected(address: str, patience: float = PATIENCE) -> Iterator[Any]:
-    """A `distributed.Client` of the scheduler at `address`.
-
-    Raises `UsageError` if Dask is not installed or does not understand the address, `ClusterError` if no
-    scheduler answers within `patience` seconds.
-    """
-    try:
-        import dask
-        from distributed import Client
-        from distributed.versions import VersionMismatchWarning
-    except ImportError as error:
-        raise UsageError("A cluster needs the package distributed: pip install 'nbprod[dask]'.") from error
-    with quiet(), dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TB"}):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", VersionMismatchWarning)
-                client = Client(address, timeout=patience, set_as_default=False, name="nbprod")
-        except (ValueError, TypeError, LookupError) as error:
-            raise UsageError(f"{address!r} is no address of a Dask scheduler: {error}") from error
-        except (OSError, RuntimeError) as error:
-            message = f"No Dask scheduler answers at {address} within {patience:g} s"
-            raise ClusterError(f"{message}. Is it running, and can it be reached from here?") from error
-        try:
-            yield client
-        finally:
-            client.close(timeout=5)
-
-# %% ../../nbs/experiment/cluster.ipynb #e6868719
-def check_workers(client: Any, address: str, patience: float = PATIENCE) -> int:
-    """How many runs the workers of a cluster can execute at once.
-
-    Raises `ClusterError` if no worker comes within `patience` seconds, or if one has no nbprod or another.
-    """
-    from distributed import TimeoutError
-
-    ours = facts_here()["nbprod"]
-    try:
-        client.wait_for_workers(1, timeout=patience)
-        facts = client.run(facts_here, on_error="return", callback_timeout=max(patience, 5.0))
-    except TimeoutError as error:
-        message = f"The cluster at {address} has no worker that answers within {patience:g} s"
-        raise ClusterError(f"{message}. Start some: dask worker {address}") from error
-    for worker, fact in facts.items():
-        if "No module named 'nbprod" in str(fact):
-            message = f"The worker {worker} of the cluster at {address} cannot import nbprod"
-            raise ClusterError(f"{message}. Install it where the worker runs: pip install nbprod=={ours}")
-        if isinstance(fact, Exception):
-            raise ClusterError(f"The worker {worker} of the cluster at {address} cannot be used: {fact}")
-        if fact["nbprod"] != ours:
-            message = f"The worker {worker} of the cluster at {address} has nbprod {fact['nbprod']}"
-            raise ClusterError(f"{message}, not {ours} as here. Install the same on both sides.")
-    return sum(client.nthreads().values())
-
-# %% ../../nbs/experiment/cluster.ipynb #ba286ba6
-class Seats:
-    """`count` seats that can be taken at the same time, in the order in which they are asked for."""
-
-    def __init__(self, count: int) -> None:
-        self.count, self.taken = count, 0
-        self.line: deque[object] = deque()
-        self.changed = threading.Condition()
-
-    def set_count(self, count: int) -> None:
-        """Have that many seats from now on; whoever sits may stay."""
-        with self.changed:
-            self.count = count
-            self.changed.notify_all()
-
-    @contextlib.contextmanager
-    def seat(self, ready: Callable[[], bool]) -> Iterator[None]:
-        """A seat for the time of the context; not before `ready`, which may also raise to end the waiting."""
-        ticket = object()
-        with self.changed:
-            self.line.append(ticket)
-            try:
-                while not ready() or self.line[0] is not ticket or self.taken >= self.count:
-                    self.changed.wait(1.0)
-                self.taken += 1
-            finally:
-                self.line.remove(ticket)
-                self.changed.notify_all()
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.taken -= 1
-                self.changed.notify_all()
-
-# %% ../../nbs/experiment/cluster.ipynb #489f61b6
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended: `folder` is the archive of its files; if there is none, `status` and `error` tell."""
-
-    folder: bytes | None
-    status: str = ""
-    error: str = ""
-
-
-def land(outcome: Outcome, path: Path) -> Run:
-    """The run whose executed notebook is to be at `path`, written as it ended. `RunError` if that fails."""
-    with storing(path):
-        if outcome.folder is None:
-            path.touch()  # it ended now
-            close_record(path, outcome.status, outcome.error)
-        else:
-            with zipfile.ZipFile(io.BytesIO(outcome.folder)) as archive:
-                archive.extractall(
-                    path.parent, [name for name in archive.namelist() if name != NOTEBOOK_NAME]
-                )
-                notebook = json.loads(archive.read(NOTEBOOK_NAME))
-            if "papermill" in notebook["metadata"]:
-                notebook["metadata"]["papermill"]["output_path"] = str(path)
-            write_notebook(path, notebook)
-    record = read_record(path)
-    run = run_from_record(record, path) if record else None
-    if run is None:
-        raise RunError(f"The executed notebook cannot be read: {path}.", path)
-    return run
+__all__ = ['FETCH', 'MOST', 'failure', 'have_executed', 'Begin', 'how_to_begin', 'ClusterExecutor', 'open_cluster']
 
 # %% ../../nbs/experiment/cluster.ipynb #beb7d07a
 def failure(error: BaseException) -> Outcome:
@@ -211,36 +52,83 @@ def failure(error: BaseException) -> Outcome:
     return Outcome(None, "failed", f"The cluster could not execute it: {type(error).__name__}: {error}")
 
 # %% ../../nbs/experiment/cluster.ipynb #f481cec2
+FETCH = 600.0  # seconds for the files of a run to arrive
+
+
+def have_executed(job: Job, watch: Watch) -> Outcome:
+    """Have a job executed by a worker, whichever brings it to an end."""
+    client, address = watch.client, job.shipment.scheduler
+    lost = Outcome(None, "interrupted", f"The connection to the cluster at {address} was lost.")
+    key, call = f"nbprod-{job.shipment.id}-{job.record['run']}", pickle.dumps(Call(job))
+    ended, limit = threading.Event(), float("inf")
+    try:
+        future = client.submit(pickle.loads, call, key=key, pure=False)
+        future.add_done_callback(lambda _: ended.set())
+        while future.status == "pending":
+            ended.wait(0.2)
+            if watch.cancelled.is_set():
+                limit = min(limit, time.monotonic() + GRACE + 5)
+            reason = watch.gone()
+            if reason or time.monotonic() > limit:
+                future.cancel()
+                return Outcome(None, "interrupted" if reason else "cancelled", reason or CANCELLED)
+        if future.status == "error":
+            watch.look()  # it may have taken workers with it
+            return failure(future.exception())
+        result = future.result(timeout=FETCH) if future.status == "finished" else {}
+    except Exception:  # Dask's, of many kinds, when the scheduler goes
+        return lost
+    if "error" in result:
+        return Outcome(None, "failed", result["error"])
+    return Outcome(result["folder"]) if result else lost
+
+# %% ../../nbs/experiment/cluster.ipynb #ff823be5
+@dataclass(frozen=True)
+class Begin:
+    """How the runs of a sweep begin: `template` is what their records have in common, `patch` the changes."""
+
+    source: Source
+    shipment: Shipment
+    template: Mapping[str, Any]
+    patch: bytes | None
+
+    def __call__(self, values: Mapping[str, Any], number: int, path: Path) -> Job:
+        """Write the notebook of the run that begins at `path`; its job. `RunError` if that fails."""
+        params = effective_values(self.source.parameters, values)
+        lineage = self.template["lineage"] | {"seed": seed(params)}
+        record = {**self.template, "run": path.parent.name, "trial": number, "params": params}
+        record |= {"lineage": lineage, "started": datetime.now(UTC).isoformat()}
+        with storing(path):
+            if self.patch is not None:
+                (path.parent / PATCH_NAME).write_bytes(self.patch)
+            write_notebook(path, inject(fresh_notebook(self.source, record), values))
+        return Job(self.shipment, record, {name: sent(value) for name, value in values.items()})
+
+
+def how_to_begin(source: Source, shipment: Shipment, trial: Trial) -> Begin:
+    """How the runs of the sweep that `trial` is in begin. `RunError` if there is no room for the changes."""
+    with tempfile.TemporaryDirectory(prefix="nbprod-") as kept, storing(Path(kept)):
+        template = first_record(source, {}, Path(kept), trial)
+        changes = Path(kept, PATCH_NAME)
+        patch = changes.read_bytes() if changes.exists() else None
+    template["lineage"] |= {"cluster": {"scheduler": shipment.scheduler, "worker": None, "differs": {}}}
+    return Begin(source, shipment, template, patch)
+
+# %% ../../nbs/experiment/cluster.ipynb #afc1dc57
 MOST = 256  # runs under way at once, however large the cluster
 
 
 class ClusterExecutor:
-    """Executes runs on a cluster. `template` is what the records of all runs have in common, `patch` too."""
+    """Executes the runs of a sweep on a cluster."""
 
-    def __init__(
-        self,
-        client: Any,
-        source: Source,
-        shipment: Shipment,
-        template: Mapping[str, Any],
-        patch: bytes | None,
-        cancelled: threading.Event,
-        patience: float,
-    ) -> None:
-        self.client, self.source, self.shipment, self.cancelled = client, source, shipment, cancelled
-        self.template, self.patch, self.patience = template, patch, patience
-        self.seats = Seats(0)
-        self.absent: float | None = None  # since when there has been no worker
+    def __init__(self, watch: Watch, begin: Begin) -> None:
+        self.watch, self.begin, self.settings = watch, begin, begin.source.settings
         self.pool = ThreadPoolExecutor(MOST, thread_name_prefix="nbprod-run")
-        self.closed = threading.Event()
-        self.look()
-        self.keeper = threading.Thread(target=self._keep, daemon=True)
-        self.keeper.start()
 
     @property
     def slots(self) -> int:
         """How many runs the cluster can execute at once by now, at least 1."""
-        return max(1, self.seats.count)
+        return max(1, self.watch.seats.count)
 
     def submit(self, values: Mapping[str, Any], number: int) -> Future[Run]:
         """Execute the run of that number in its sweep with values that were checked; the run however it ends.
@@ -250,115 +138,32 @@ class ClusterExecutor:
         """
         return self.pool.submit(self._run, values, number)
 
-    def look(self) -> None:
-        """Count the workers."""
-        count, connected = 0, self.client.status == "running"
-        try:
-            count = sum(self.client.nthreads().values()) if connected else 0
-        except Exception:  # whatever went wrong, the status of the client will tell
-            connected = False
-        self.seats.set_count(count)
-        self.absent = (self.absent or time.monotonic()) if connected and not count else None
-
-    def tell(self, what: Callable[[str], None]) -> None:
-        """Call `what` on all workers with the id of the shipment, if they can be reached."""
-        with contextlib.suppress(Exception):  # those who cannot be told will notice that nobody waits
-            self.client.run(what, self.shipment.id, on_error="ignore", callback_timeout=5)
-
-    def _keep(self) -> None:
-        while not self.closed.wait(0.5):
-            self.look()
-            if self.cancelled.is_set() and self.seats.taken:
-                self.tell(cancel)
-
-    def gone(self) -> str | None:
-        """Why nothing can be executed any longer; None as long as it can, or may be again."""
-        cluster = f"the cluster at {self.shipment.scheduler}"
-        if self.client.status == "closed":
-            return f"The connection to {cluster} was lost."
-        if self.absent is not None and time.monotonic() - self.absent > self.patience:
-            return f"All workers of {cluster} have gone, and none came back within {self.patience:g} s."
-        return None
-
-    def _ready(self) -> bool:
-        """Whether a run can be sent. Raises `CancelledError`, or `ClusterError` if none can be any more."""
-        if self.cancelled.is_set() or self.closed.is_set():
-            raise CancelledError
-        reason = self.gone()
-        if reason:
-            raise ClusterError(f"{reason} Resume the sweep when the cluster is back.")
-        return bool(self.client.status == "running")
-
-    def _begin(self, values: Mapping[str, Any], number: int, path: Path) -> Job:
-        """Write the record of a run that begins; its job."""
-        params = effective_values(self.source.parameters, values)
-        lineage = self.template["lineage"] | {"seed": seed(params)}
-        record = {**self.template, "run": path.parent.name, "trial": number, "params": params}
-        record |= {"lineage": lineage, "started": datetime.now(UTC).isoformat(), "pid": os.getpid()}
-        with storing(path):
-            if self.patch is not None:
-                (path.parent / PATCH_NAME).write_bytes(self.patch)
-            write_notebook(path, inject(fresh_notebook(self.source, record), values))
-        return Job(self.shipment, record, {name: sent(value) for name, value in values.items()})
-
-    def _execute(self, job: Job) -> Outcome:
-        """Have a job executed by a worker, whichever brings it to an end."""
-        key = f"nbprod-{self.shipment.id}-{job.record['run']}"
-        lost = Outcome(None, "interrupted", f"The connection to {self.shipment.scheduler} was lost.")
-        call, ended, limit = pickle.dumps(Call(job)), threading.Event(), float("inf")
-        try:
-            future = self.client.submit(pickle.loads, call, key=key, pure=False)
-            future.add_done_callback(lambda _: ended.set())
-            while future.status == "pending":
-                ended.wait(0.2)
-                if self.cancelled.is_set():
-                    limit = min(limit, time.monotonic() + GRACE + 5)
-                reason = self.gone()
-                if reason or time.monotonic() > limit:
-                    future.cancel()
-                    return (
-                        Outcome(None, "interrupted", reason)
-                        if reason
-                        else Outcome(None, "cancelled", CANCELLED)
-                    )
-            if future.status == "error":
-                self.look()  # it may have taken workers with it
-                return failure(future.exception())
-            result = future.result(timeout=600) if future.status == "finished" else {}
-        except Exception:  # Dask's, of many kinds, when the scheduler goes
-            return lost
-        if "error" in result:
-            return Outcome(None, "failed", result["error"])
-        return Outcome(result["folder"]) if result else lost
-
     def _run(self, values: Mapping[str, Any], number: int) -> Run:
         with contextlib.ExitStack() as holding:
-            with self.seats.seat(self._ready):
-                path = make_folder(self.source.settings, datetime.now(UTC)) / NOTEBOOK_NAME
+            with self.watch.seats.seat(self.watch.ready):
+                path = make_folder(self.settings, datetime.now(UTC)) / NOTEBOOK_NAME
                 lock = hold(path.parent)
                 if lock is not None:
                     holding.callback(os.close, lock)
                 try:
-                    job = self._begin(values, number, path)
+                    job = self.begin(values, number, path)
                 except BaseException:
                     shutil.rmtree(path.parent, ignore_errors=True)
                     raise
-                outcome = self._execute(job)
+                outcome = have_executed(job, self.watch)
             run = land(outcome, path)
-            if run.status == "succeeded":
-                try:
-                    announce(run, self.source.settings)
-                except RunError:
-                    run = read_run(path) or run
+            if run.status != "succeeded":
+                return run
+            try:
+                announce(run, self.settings)
+            except RunError:  # its record says so
+                return read_run(path) or run
             return run
 
     def close(self) -> None:
-        """Wait for the runs under way; those that wait for a worker are cancelled."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        self.pool.shutdown(wait=True)
-        self.closed.set()
-        self.keeper.join()
-        self.tell(leave)
+        """Wait for the runs under way; those that were not begun are cancelled."""
+        self.pool.shutdown(wait=True, cancel_futures=True)
+        self.watch.close()
 
 # %% ../../nbs/experiment/cluster.ipynb #f37558df
 @contextlib.contextmanager
@@ -384,14 +189,10 @@ def open_cluster(
     """
     with connected(address, patience) as client:
         check_workers(client, address, patience)
-        with tempfile.TemporaryDirectory(prefix="nbprod-") as kept, storing(Path(kept)):
-            template = first_record(source, {}, Path(kept), Trial(sweep, 0, sweep_plan))
-            changes = Path(kept, PATCH_NAME)
-            patch = changes.read_bytes() if changes.exists() else None
-        template["lineage"] |= {"cluster": {"scheduler": address, "worker": None, "differs": {}}}
         how: dict[str, Any] = {"threads": threads, "retries": retries, "timeout": timeout}
         shipment = make_shipment(source, address, **how)
-        executor = ClusterExecutor(client, source, shipment, template, patch, cancelled, patience)
+        begin = how_to_begin(source, shipment, Trial(sweep, 0, sweep_plan))
+        executor = ClusterExecutor(Watch(client, shipment, cancelled, patience), begin)
         try:
             yield executor
         except BaseException:

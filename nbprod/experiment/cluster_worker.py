@@ -13,18 +13,18 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..errors import ClusterError, NbprodError
+from .cluster_connection import version_here
 from .execution import Order, execute, kernels_for
 from .parameters import check_values
 from .shipment import Job, Shipment, arrive, files_in, pack, received, record_here
 
 # %% auto #0
 __all__ = ['JANITOR', 'IDLE', 'start_janitor', 'Place', 'leave', 'place_for', 'cancel', 'is_wanted', 'watched', 'perform',
-           'share_of', 'facts_here', 'run_job', 'Call']
+           'share_of', 'run_job', 'Call']
 
 # %% ../../nbs/experiment/cluster_worker.ipynb #a96ba270
 JANITOR = 'cat >/dev/null; sleep 1; while [ -e "$0" ] && ! rm -rf -- "$0"; do sleep 1; done'
@@ -172,11 +172,6 @@ def share_of(threads: int) -> int | None:
     return max(1, (os.cpu_count() or 1) // threads) if threads > 1 else None
 
 
-def facts_here() -> dict[str, str]:
-    """What a driver wants to know of a worker before it sends a job: the version of nbprod."""
-    return {"nbprod": version("nbprod")}
-
-
 def run_job(job: Job) -> dict[str, Any]:
     """Execute a job on the Dask worker that calls this: `folder`, the archive of the run's, or an `error`."""
     from distributed import get_worker
@@ -184,8 +179,8 @@ def run_job(job: Job) -> dict[str, Any]:
     worker, shipment = get_worker(), job.shipment
     threads = shipment.threads or share_of(worker.state.nthreads)
     try:
-        if shipment.nbprod != version("nbprod"):
-            raise ClusterError(f"The driver has nbprod {shipment.nbprod}, this worker {version('nbprod')}.")
+        if shipment.nbprod != version_here():
+            raise ClusterError(f"The driver has nbprod {shipment.nbprod}, the worker {version_here()}.")
         with (
             place_for(shipment, Path(worker.local_directory), threads) as place,
             watched(place, worker, str(worker.get_current_task())) as cancelled,

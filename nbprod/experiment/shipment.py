@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import io
+import json
 import secrets
 import zipfile
 from collections.abc import Mapping
@@ -16,16 +17,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .execution import Source
+from ..errors import RunError
+from .execution import Source, storing
 from .lineage import LOCKS, environment
 from .modules import file_sha256, own_modules
 from .notebook import parse_notebook
 from .parameters import notebook_parameters
+from .recording import NOTEBOOK_NAME, read_record, write_notebook
+from .runs import Run, close_record, run_from_record
 from ..settings import Settings
 
 # %% auto #0
 __all__ = ['files_in', 'pack', 'unpack', 'Member', 'sent', 'received', 'project_files', 'Shipment', 'versions_here',
-           'make_shipment', 'is_here', 'arrive', 'differing', 'record_here', 'Job']
+           'make_shipment', 'is_here', 'arrive', 'differing', 'record_here', 'Job', 'Outcome', 'land']
 
 # %% ../../nbs/experiment/shipment.ipynb #8ae38905
 def files_in(folder: Path) -> dict[str, Path]:
@@ -181,3 +185,34 @@ class Job:
     shipment: Shipment
     record: Mapping[str, Any]
     values: Mapping[str, Any]
+
+# %% ../../nbs/experiment/shipment.ipynb #6d132de1
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: `folder` is the archive of its files; if there is none, `status` and `error` tell."""
+
+    folder: bytes | None
+    status: str = ""
+    error: str = ""
+
+
+def land(outcome: Outcome, path: Path) -> Run:
+    """The run whose executed notebook is to be at `path`, written as it ended. `RunError` if that fails."""
+    with storing(path):
+        if outcome.folder is None:
+            path.touch()  # it ended now
+            close_record(path, outcome.status, outcome.error)
+        else:
+            with zipfile.ZipFile(io.BytesIO(outcome.folder)) as archive:
+                archive.extractall(
+                    path.parent, [name for name in archive.namelist() if name != NOTEBOOK_NAME]
+                )
+                notebook = json.loads(archive.read(NOTEBOOK_NAME))
+            if "papermill" in notebook["metadata"]:
+                notebook["metadata"]["papermill"]["output_path"] = str(path)
+            write_notebook(path, notebook)
+    record = read_record(path)
+    run = run_from_record(record, path) if record else None
+    if run is None:
+        raise RunError(f"The executed notebook cannot be read: {path}.", path)
+    return run
