@@ -24,22 +24,27 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 # %% ../nbs/files.ipynb #c651b4cf
-def write_atomic(path: Path, data: str | bytes) -> None:
+def write_atomic(path: Path, data: str | bytes, *, lasting: bool = True) -> None:
     """Replace `path` by `data` (text as UTF-8) so that a reader sees the old content or the new, whole.
 
-    The folder must exist. Raises `OSError` when it cannot be written; then `path` is as it was.
+    The folder must exist. Unless `lasting`, the new content is not forced to the disk: a machine that loses
+    its power may then come up with neither.
+
+    Raises `OSError` when it cannot be written; then `path` is as it was.
     """
     content = data.encode() if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.write_bytes(content)
-        _sync(temporary)
+        if lasting:
+            _sync(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    with contextlib.suppress(OSError):  # not every file system can do it for a folder
-        _sync(path.parent)
+    if lasting:
+        with contextlib.suppress(OSError):  # not every file system can do it for a folder
+            _sync(path.parent)
 
 # %% ../nbs/files.ipynb #ac1a79bb
 def hold(folder: Path) -> int | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nbprod.experiment.recording import NOTEBOOK_NAME, read_record
+from nbprod.experiment.recording import METADATA_KEY, NOTEBOOK_NAME
 
 # A cell that leaves its kernel's process number in a file and then never ends.
 ENDLESS = """
@@ -60,12 +60,19 @@ def started_run(project: Path) -> tuple[Path, int, int]:
 
     def find() -> tuple[Path, int, int] | None:
         for marker in project.glob(".nbprod/runs/*/kernel"):
-            record = read_record(marker.parent / NOTEBOOK_NAME)
-            if record and marker.read_text():
-                return marker.parent, record["pid"], int(marker.read_text())
+            notebook = json.loads((marker.parent / NOTEBOOK_NAME).read_bytes())
+            running = [cell for cell in notebook["cells"] if is_running(cell)]
+            if running and marker.read_text():
+                pid = notebook["metadata"][METADATA_KEY]["pid"]
+                return marker.parent, pid, int(marker.read_text())
         return None
 
-    return wait_for(find, "a run in its endless cell")
+    return wait_for(find, "a run in its endless cell, and the notebook to say so")
+
+
+def is_running(cell: dict[str, Any]) -> bool:
+    """Whether papermill has marked a cell as the one that is executed."""
+    return cell["metadata"].get("papermill", {}).get("status") == "running"
 
 
 def alive(pid: int) -> bool:

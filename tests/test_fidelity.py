@@ -187,6 +187,17 @@ def test_exit_handlers_are_called(project: Path) -> None:
         assert (run.folder / "left").exists()
 
 
+def test_open_files_are_written_at_the_end(project: Path) -> None:
+    """As when an interpreter is taken apart: also what only a cycle or a module still holds."""
+    (project / "small").mkdir()
+    (project / "small" / "__init__.py").write_text("held = []")
+    cells = ["import os, small\nfolder = os.environ['NBPROD_RUN']"]
+    cells += ["plain = open(folder + '/plain', 'w')\nplain.write('kept')"]
+    cells += ["small.held += [open(folder + '/module', 'wb'), small.held]\nsmall.held[0].write(b'kept')"]
+    for run in warm_runs(write_notebook(project / "nbs" / "files.ipynb", "seed = 0", *cells)):
+        assert [(run.folder / name).read_text() for name in ("plain", "module")] == ["kept", "kept"]
+
+
 def test_other_kernels_are_not_forked(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel of this Python with an environment of its own: started as usual, and the record says why."""
     spec = project / "jupyter" / "kernels" / "special"

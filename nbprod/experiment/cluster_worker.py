@@ -18,8 +18,9 @@ from typing import Any
 
 from ..errors import ClusterError, NbprodError
 from .cluster_connection import version_here
-from .execution import Order, execute, kernels_for
+from .execution import Errand, execute, kernels_for
 from .parameters import check_values
+from .pool import let_go
 from .shipment import Job, Shipment, arrive, files_in, pack, received, record_here
 
 # %% auto #0
@@ -47,22 +48,20 @@ IDLE = 60.0  # seconds for which a place is kept without a run
 class Place:
     """Where this process executes the runs of a sweep, in a folder below `parent`."""
 
-    def __init__(self, shipment: Shipment, parent: Path, threads: int | None) -> None:
+    def __init__(self, shipment: Shipment, parent: Path) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="nbprod-", dir=parent))
         self.janitor = start_janitor(self.folder)
-        self.closing = contextlib.ExitStack()
-        self.closing.callback(self._remove)
         self.cancelled = False
         self.users = 0
         self.timer: threading.Timer | None = None
         try:
             self.source = arrive(shipment, self.folder)
-            self.warm = self.closing.enter_context(kernels_for(self.source, 2, threads))
         except BaseException:
-            self.closing.close()
+            self.close()
             raise
 
-    def _remove(self) -> None:
+    def close(self) -> None:
+        """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.janitor.communicate()
 
@@ -78,7 +77,8 @@ def _vacate(shipment: str) -> None:
         if place is None or place.users:
             return
         del _PLACES[shipment]
-    place.closing.close()
+    place.close()
+    let_go()
 
 
 def leave(shipment: str, after: float = 0.0) -> None:
@@ -93,12 +93,12 @@ def leave(shipment: str, after: float = 0.0) -> None:
 
 
 @contextlib.contextmanager
-def place_for(shipment: Shipment, parent: Path, threads: int | None) -> Iterator[Place]:
+def place_for(shipment: Shipment, parent: Path) -> Iterator[Place]:
     """The place of a shipment, for the time of one run; made if this process has none yet."""
     with _LOCK:
         place = _PLACES.get(shipment.id)
         if place is None:
-            place = _PLACES[shipment.id] = Place(shipment, parent, threads)
+            place = _PLACES[shipment.id] = Place(shipment, parent)
         place.users += 1
     try:
         yield place
@@ -149,7 +149,10 @@ def perform(job: Job, place: Place, worker: str, threads: int | None, cancelled:
     """
     shipment, source = job.shipment, place.source
     values = check_values(source.parameters, received(job.values))
-    with tempfile.TemporaryDirectory(dir=place.folder, ignore_cleanup_errors=True) as store:
+    with (
+        tempfile.TemporaryDirectory(dir=place.folder, ignore_cleanup_errors=True) as store,
+        kernels_for(source, values, threads) as warm,
+    ):
         settings = replace(source.settings, store=Path(store))
         folder = settings.runs / job.record["run"]
         folder.mkdir(parents=True)
@@ -160,8 +163,8 @@ def perform(job: Job, place: Place, worker: str, threads: int | None, cancelled:
             timeout=shipment.timeout,
             threads=threads,
             cancelled=cancelled,
-            warm=place.warm,
-            order=Order(folder, record_here(job.record, shipment, worker)),
+            warm=warm,
+            errand=Errand(folder, record_here(job.record, shipment, worker)),
             **more,
         )
         return pack(files_in(folder))
@@ -182,7 +185,7 @@ def run_job(job: Job) -> dict[str, Any]:
         if shipment.nbprod != version_here():
             raise ClusterError(f"The driver has nbprod {shipment.nbprod}, the worker {version_here()}.")
         with (
-            place_for(shipment, Path(worker.local_directory), threads) as place,
+            place_for(shipment, Path(worker.local_directory)) as place,
             watched(place, worker, str(worker.get_current_task())) as cancelled,
         ):
             return {"folder": perform(job, place, worker.address, threads, cancelled)}

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CellError, RunError, UsageError
-from .kernels import WarmKernels, warm_kernels
+from .kernels import WarmKernels
 from .lineage import lineage
 from .notebook import parse_notebook, read_content
+from .pool import warm_kernels
 from .parameters import TAG, Parameter, check_values, effective_values
 from .parameters import injected_cell, notebook_parameters, secret_variables
 from .progress import Listener, cell_progress
@@ -35,7 +36,7 @@ from ..settings import Settings, find_project, load_settings
 
 # %% auto #0
 __all__ = ['LEFTOVERS', 'LOG_NAME', 'Source', 'open_source', 'storing', 'new_id', 'make_folder', 'fresh_notebook', 'inject',
-           'Trial', 'first_record', 'settle', 'on_success', 'announce', 'Order', 'kernels_for', 'execute',
+           'Trial', 'first_record', 'settle', 'on_success', 'announce', 'Errand', 'kernels_for', 'execute',
            'run_failure', 'run']
 
 # %% ../../nbs/experiment/execution.ipynb #b04c1d90
@@ -150,7 +151,7 @@ def inject(notebook: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any
 # %% ../../nbs/experiment/execution.ipynb #665891a9
 @dataclass(frozen=True)
 class Trial:
-    """The place of a run in a sweep: the sweep's id, its number in it from 0, and the sweep's `plan`."""
+    """The place of a run in a sweep: its id, the run's number in it from 0, and the sweep's `plan`."""
 
     sweep: str
     number: int
@@ -247,7 +248,7 @@ def announce(run: Run, settings: Settings) -> None:
 
 # %% ../../nbs/experiment/execution.ipynb #5c1f0a73
 @dataclass(frozen=True)
-class Order:
+class Errand:
     """A run that was begun elsewhere: the folder to execute it in, and the record that it has there."""
 
     folder: Path
@@ -278,11 +279,11 @@ def _task(source: Source, values: Mapping[str, Any], folder: Path, scratch: str)
 
 # %% ../../nbs/experiment/execution.ipynb #d9dcdfcc
 def kernels_for(
-    source: Source, runs: int, threads: int | None
+    source: Source, values: Mapping[str, Any], threads: int | None = None
 ) -> contextlib.AbstractContextManager[WarmKernels | str]:
-    """Warm kernels for that many runs of a notebook, or the reason why there are none."""
-    if runs < 2:
-        return contextlib.nullcontext("it is a single run")
+    """Warm kernels for runs of a notebook with such values, or the reason why there are none."""
+    if secret_variables(source.parameters, values):
+        return contextlib.nullcontext("it has secrets")
     notebook = parse_notebook(source.content, source.path)
     cells = [cell for cell in notebook["cells"] if cell.get("cell_type") == "code"]
     texts = ["".join(cell.get("source") or ()) for cell in cells]
@@ -299,20 +300,20 @@ def execute(
     threads: int | None = None,
     cancelled: threading.Event | None = None,
     on_event: Listener = lambda _: None,
-    warm: WarmKernels | str = "it is a single run",
-    order: Order | None = None,
+    warm: WarmKernels | str = "it was not asked for",
+    errand: Errand | None = None,
 ) -> Run:
     """Execute a notebook with values that were checked, and return the run however it ended.
 
     `threads` is how many threads a numeric library may use in it; setting `cancelled` stops it; `warm` are
-    kernels that it may use, or the reason why there are none; `order` is that of another machine. Raises
+    kernels that it may use, or the reason why there are none; `errand` is that of another machine. Raises
     `RunError` if the record cannot be written or a listener fails.
     """
-    folder = order.folder if order else make_folder(source.settings, datetime.now(UTC))
+    folder = errand.folder if errand else make_folder(source.settings, datetime.now(UTC))
     path, lock = folder / NOTEBOOK_NAME, hold(folder)
     try:
         with storing(path):
-            record = order.begin() if order else first_record(source, values, folder, trial)
+            record = errand.begin() if errand else first_record(source, values, folder, trial)
             write_notebook(path, inject(fresh_notebook(source, record), values))
         with tempfile.TemporaryDirectory(prefix="nbprod-", ignore_cleanup_errors=True) as scratch:
             task = _task(source, values, folder, scratch) | {"threads": threads}
@@ -328,7 +329,7 @@ def execute(
             finally:
                 close(worker)
         run = settle(worker, path)
-        if run.status == "succeeded" and order is None:
+        if run.status == "succeeded" and errand is None:
             announce(run, source.settings)
         return run
     finally:
@@ -369,8 +370,8 @@ def run(
     checked = check_values(source.parameters, {**(parameters or {}), **values})
     if timeout is not None and not timeout > 0:
         raise UsageError(f"timeout must be a number of seconds above 0, not {timeout!r}.")
-    with cell_progress(source.path.name, progress) as hear:
-        finished = execute(source, checked, timeout=timeout, on_event=hear)
+    with cell_progress(source.path.name, progress) as hear, kernels_for(source, checked) as warm:
+        finished = execute(source, checked, timeout=timeout, on_event=hear, warm=warm)
     if finished.status == "cancelled":
         raise KeyboardInterrupt
     if finished.status != "succeeded":

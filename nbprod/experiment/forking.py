@@ -19,10 +19,10 @@ from collections.abc import Mapping
 from typing import IO, Any
 
 # %% auto #0
-__all__ = ['serve', 'ForkedProcess', 'ForkServer']
+__all__ = ['tell', 'serve', 'ForkedProcess', 'ForkServer']
 
 # %% ../../nbs/experiment/forking.ipynb #542298c6
-def _tell(report: socket.socket, **facts: int) -> None:
+def tell(report: socket.socket, **facts: int) -> None:
     """Send a line of JSON, if somebody is still there to read it."""
     with contextlib.suppress(OSError):
         report.sendall(json.dumps(facts).encode() + b"\n")
@@ -35,7 +35,7 @@ def _reap(children: dict[int, socket.socket]) -> list[socket.socket]:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
             report = children.pop(pid)
-            _tell(report, code=os.waitstatus_to_exitcode(status))
+            tell(report, code=os.waitstatus_to_exitcode(status))
             told.append(report)
     return told
 
@@ -88,7 +88,7 @@ def serve(control: socket.socket, orphans: bool) -> list[int]:
             children[pid] = socket.socket(fileno=descriptors[0])
             for other in descriptors[1:]:
                 os.close(other)
-            _tell(children[pid], pid=pid)
+            tell(children[pid], pid=pid)
             poll.register(children[pid], 0)
         else:
             _orphaned(descriptor, children, poll, orphans)
@@ -140,13 +140,21 @@ class ForkedProcess:
         facts: dict[str, int] = json.loads(line)
         return facts
 
-    def _settle(self, timeout: float | None) -> int | None:
+    def hear(self, timeout: float | None = None) -> dict[str, int]:
+        """What it tells next; its exit status as `code` when it has ended, nothing when time is up."""
         with self._lock:
-            if self.returncode is None:
-                self.returncode = self._receive(timeout).get("code")
-                if self.returncode is not None:
-                    self.report.close()
-            return self.returncode
+            if self.returncode is not None:
+                return {"code": self.returncode}
+            facts = self._receive(timeout)
+            if "code" in facts:
+                self.returncode = facts["code"]
+                self.report.close()
+            return facts
+
+    def _settle(self, timeout: float | None) -> int | None:
+        while self.returncode is None and self.hear(timeout):
+            pass
+        return self.returncode
 
     def poll(self) -> int | None:
         """The exit status, as `Popen` gives it; None while it runs."""

@@ -5,24 +5,27 @@
 # %% ../../nbs/experiment/kernels.ipynb #fd125a6d
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
+import io
 import json
 import os
 import random
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .forking import ForkedProcess, ForkServer, serve
-from .preloading import Import, installed_imports, preload, lasting_threads
+from .forking import ForkedProcess, ForkServer, serve, tell
+from .preloading import Import, preload, lasting_threads
 
 # %% auto #0
-__all__ = ['KERNEL_SERVER', 'INLINE', 'UNUSED', 'WORKER_SERVER', 'kernel_environment', 'serve_kernels', 'become_kernel',
-           'serve_workers', 'why_not', 'WarmKernels', 'warm_kernels']
+__all__ = ['LATER', 'KERNEL_SERVER', 'INLINE', 'UNUSED', 'WORKER_SERVER', 'kernel_environment', 'import_kernel', 'leave',
+           'serve_kernels', 'become_kernel', 'serve_workers', 'why_not', 'WarmKernels']
 
 # %% ../../nbs/experiment/kernels.ipynb #10e185c0
 def kernel_environment(environ: Mapping[str, str], task: Mapping[str, Any]) -> dict[str, str]:
@@ -41,6 +44,42 @@ def kernel_environment(environ: Mapping[str, str], task: Mapping[str, Any]) -> d
             environment.setdefault(name, str(task["threads"]))
     return environment
 
+# %% ../../nbs/experiment/kernels.ipynb #417e94c6
+LATER = (
+    "ipykernel.debugger",
+    "IPython.core.completerlib",
+    "IPython.core.logger",
+    "IPython.extensions.storemagic",
+    "tornado.platform.asyncio",
+    "tornado.queues",
+    "encodings.idna",
+)
+
+
+def import_kernel() -> Callable[[], Any]:
+    """Import IPython's kernel with all that it imports when it starts; what gives its application."""
+    from ipykernel.kernelapp import IPKernelApp
+
+    for module in LATER:
+        with contextlib.suppress(ImportError):
+            import_module(module)
+    return IPKernelApp.instance
+
+# %% ../../nbs/experiment/kernels.ipynb #784b3de0
+def leave(kernel: list[int]) -> None:
+    """End the process in `kernel` when all other exit handlers were called, with its open files written.
+
+    Other processes, those that a cell forks among them, end as they would.
+    """
+    if kernel != [os.getpid()]:
+        return
+    gc.collect()
+    for each in gc.get_objects():
+        if isinstance(each, io.IOBase) and not each.closed:
+            with contextlib.suppress(Exception):
+                each.flush()
+    os._exit(0)
+
 # %% ../../nbs/experiment/kernels.ipynb #1dbe5e93
 KERNEL_SERVER = """
 import sys
@@ -53,12 +92,13 @@ INLINE = "module://matplotlib_inline.backend_inline"
 
 def serve_kernels() -> None:
     """Import, and be copied for each kernel that is asked for; the program of a server."""
+    kernel: list[int] = []
+    atexit.register(leave, kernel)
     control = socket.socket(fileno=int(sys.argv[1]))
     arguments = json.loads(sys.argv[2])
     before = dict(os.environ)
     os.environ["JPY_PARENT_PID"] = str(os.getpid())  # read by ipykernel when it is imported
-    import ipykernel.kernelapp
-
+    start_kernel = import_kernel()
     os.environ["MPLBACKEND"] = INLINE
     skipped = arguments["skipped"]
     noticed = preload(arguments["imports"], skipped)
@@ -73,8 +113,14 @@ def serve_kernels() -> None:
     with contextlib.suppress(OSError):
         control.send(json.dumps({"threads": lasting_threads(), "skipped": skipped}).encode())
     told, log = serve(control, orphans=False)
-    become_kernel(told, log, changed)
-    ipykernel.kernelapp.launch_new_instance()
+    kernel.append(os.getpid())
+    report = become_kernel(told, log, changed)
+    application = start_kernel()
+    application.initialize()
+    with report:
+        tell(report, ready=1)
+    atexit.unregister(application.close)
+    application.start()
 
 # %% ../../nbs/experiment/kernels.ipynb #aed51e97
 def _reseed() -> None:
@@ -85,9 +131,13 @@ def _reseed() -> None:
         numpy.random.seed()
 
 
-def become_kernel(told: int, log: int, changed: Mapping[str, str]) -> None:
-    """Take on what a kernel's process is started with, as soon as that is told; exits if it never is."""
-    with socket.socket(fileno=told) as report, report.makefile("rb") as lines:
+def become_kernel(told: int, log: int, changed: Mapping[str, str]) -> socket.socket:
+    """Take on what a kernel's process is started with, as soon as that is told; exits if it never is.
+
+    Returns the socket on which it was told.
+    """
+    report = socket.socket(fileno=told)
+    with report.makefile("rb") as lines:
         line = lines.readline()
     if not line:
         os._exit(0)
@@ -103,6 +153,7 @@ def become_kernel(told: int, log: int, changed: Mapping[str, str]) -> None:
     launcher = sys.modules["ipykernel"].__path__[0] + "_launcher.py"
     sys.argv = [launcher, *task["command"][module + 1 :]]
     _reseed()
+    return report
 
 # %% ../../nbs/experiment/kernels.ipynb #3aaeba1d
 UNUSED = ("rfc3987_syntax", "pyarrow")
@@ -118,8 +169,9 @@ def serve_workers() -> None:
     """Import papermill, and be copied for each worker that is asked for; the program of a server."""
     control = socket.socket(fileno=int(sys.argv[1]))
     sys.modules.update(dict.fromkeys(UNUSED))  # type: ignore[arg-type]
-    from nbprod.experiment.worker import main
+    from nbprod.experiment.worker import main, prepare
 
+    prepare()
     gc.collect()
     gc.freeze()
     with contextlib.suppress(OSError):
@@ -184,26 +236,12 @@ class WarmKernels:
             os.close(stdout)
         return ForkedProcess(ours, os.fdopen(requests, "wb"), os.fdopen(events, "rb"))
 
+    @property
+    def alive(self) -> bool:
+        """Whether both servers are there."""
+        return self.workers.process.poll() is None and self.kernels.process.poll() is None
+
     def close(self) -> None:
         """Let both servers end."""
         self.workers.close()
         self.kernels.close()
-
-# %% ../../nbs/experiment/kernels.ipynb #cc1db987
-@contextlib.contextmanager
-def warm_kernels(
-    sources: Sequence[str], language: str, root: Path, folder: Path, threads: int | None
-) -> Iterator[WarmKernels | str]:
-    """Warm kernels for a notebook in `folder` with these cells; a text that says why there are none."""
-    reason = why_not(language)
-    if reason:
-        yield reason
-        return
-    environment = kernel_environment(os.environ, {"root": str(root), "folder": "", "threads": threads})
-    environment.pop("NBPROD_RUN")
-    paths = [*environment["PYTHONPATH"].split(os.pathsep), *filter(None, sys.path)]
-    warm = WarmKernels(installed_imports(sources, root, folder, paths), environment)
-    try:
-        yield warm
-    finally:
-        warm.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from functools import lru_cache
@@ -30,9 +31,11 @@ def packages() -> dict[str, str]:
     # The first of a name on the path is the one that an import finds.
     found: dict[str, str] = {}
     for distribution in distributions():
-        name = distribution.metadata["Name"]
-        if name:
-            found.setdefault(name, distribution.version)
+        text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
+        # Only two headers are wanted; the parser of e-mails reads each whole description.
+        header = dict(re.findall(r"^(Name|Version): *(.+?)\s*$", text.partition("\n\n")[0], re.MULTILINE))
+        if len(header) == 2:
+            found.setdefault(header["Name"], header["Version"])
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 
 # %% ../../nbs/experiment/lineage.ipynb #f5625edb

@@ -14,11 +14,13 @@ import sysconfig
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['Import', 'INSTALLED', 'CAREFUL', 'imports_of', 'installed_imports', 'StandIn', 'Watch', 'preload', 'lasting_threads']
+__all__ = ['Import', 'INSTALLED', 'NBPROD', 'CAREFUL', 'imports_of', 'installed_imports', 'StandIn', 'Watch', 'preload',
+           'lasting_threads']
 
 # %% ../../nbs/experiment/preloading.ipynb #8576c09a
 Import = tuple[str, tuple[str, ...]]  # a module, and the names that are taken from it
@@ -58,10 +60,12 @@ def _origin(module: str, paths: Sequence[str]) -> Path | None:
     return None
 
 
-def _is_ours(path: Path, root: Path, folder: Path) -> bool:
-    """Whether a file belongs to the project at `root` or lies beside the notebook in `folder`."""
-    installed = any(path.is_relative_to(place) for place in INSTALLED)
-    return not installed and (path.is_relative_to(root) or path.is_relative_to(folder))
+NBPROD = Path(find_spec("nbprod").origin or "").resolve().parent  # type: ignore[union-attr]
+
+
+def _is_installed(path: Path) -> bool:
+    """Whether a file belongs to an installed library, which nobody edits while it is used, or to nbprod."""
+    return any(path.is_relative_to(place) for place in (*map(Path, INSTALLED), NBPROD))
 
 # %% ../../nbs/experiment/preloading.ipynb #c8765cc1
 def _file_of(module: str, top: Path) -> Path | None:
@@ -71,15 +75,18 @@ def _file_of(module: str, top: Path) -> Path | None:
     return next((path for path in candidates if path.suffix == ".py" and path.is_file()), None)
 
 
-def installed_imports(sources: Iterable[str], root: Path, folder: Path, paths: Sequence[str]) -> list[Import]:
-    """What these sources import of installed libraries, also through modules of the project itself."""
+def installed_imports(sources: Iterable[str], folder: Path, paths: Sequence[str]) -> list[Import]:
+    """What these sources import of installed libraries, also through modules that are not installed.
+
+    `folder` is that of the notebook, `paths` are searched after it.
+    """
     found: dict[Import, None] = {}
     read: set[Path] = set()
     waiting = [each for source in sources for each in imports_of(source)]
     while waiting:
         module, names = waiting.pop(0)
         top = _origin(module.partition(".")[0], [str(folder), *paths])
-        if top is None or not _is_ours(top, root, folder):
+        if top is None or _is_installed(top):
             found[module, names] = None
             continue
         files = [_file_of(name, top) for name in (module, *(f"{module}.{name}" for name in names))]

@@ -25,7 +25,7 @@ from traitlets import Any as AnyTrait
 from .forking import ForkedProcess
 
 # %% auto #0
-__all__ = ['FORKED', 'PromptClient', 'ForkedProvisioner', 'is_this_python', 'use_forked']
+__all__ = ['STARTING', 'FORKED', 'PromptClient', 'ForkedProvisioner', 'is_this_python', 'use_forked']
 
 # %% ../../nbs/experiment/provisioning.ipynb #3a29b352
 class PromptClient(AsyncKernelClient):
@@ -68,6 +68,9 @@ class PromptClient(AsyncKernelClient):
     wait_for_ready = _async_wait_for_ready
 
 # %% ../../nbs/experiment/provisioning.ipynb #004febf4
+STARTING = 10.0  # seconds that a kernel's start is awaited before its client looks for it
+
+
 class ForkedProvisioner(LocalProvisioner):
     """Provides the kernel that a forked process becomes."""
 
@@ -82,6 +85,7 @@ class ForkedProvisioner(LocalProvisioner):
             "folder": str(options.get("cwd") or Path.cwd()),
         }
         self.forked.report.sendall(json.dumps(task).encode() + b"\n")
+        self.forked.hear(STARTING)
         self.pid = self.pgid = self.forked.pid
         self.cwd = options.get("cwd")
         return self.connection_info

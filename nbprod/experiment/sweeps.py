@@ -95,7 +95,7 @@ def sweep(
             return run
 
     with (
-        kernels_for(source, len(chosen), threads) as warm,
+        kernels_for(source, chosen[0], threads) as warm,
         run_progress(source.path.name, len(chosen), progress) as hear,
     ):
         return Runs(_execute_all(start, len(chosen), jobs, cancelled, hear))

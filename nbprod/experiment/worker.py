@@ -5,6 +5,7 @@
 # %% ../../nbs/experiment/worker.ipynb #9d06c799
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -15,18 +16,22 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from subprocess import DEVNULL
 from pathlib import Path
 from typing import Any
 
-from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+from jupyter_client.kernelspec import NATIVE_KERNEL_NAME, KernelSpecManager, NoSuchKernel
 from jupyter_client.manager import KernelManager
+from jupyter_core.utils import ensure_event_loop
 from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode, from_dict
 from nbformat.v4 import writes_json
+from nbformat.validator import get_validator
 from papermill import execute_notebook
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
@@ -41,8 +46,8 @@ from .redaction import forms, redacted, redacted_notebook
 from ..files import write_atomic
 
 # %% auto #0
-__all__ = ['PATIENCE', 'progress_entries', 'failed_line', 'cell_failure', 'other_failure', 'Stopped', 'Execution', 'RunManager',
-           'RunClient', 'RunEngine', 'end', 'execute', 'lines_of', 'listen', 'main']
+__all__ = ['PAUSE', 'PATIENCE', 'progress_entries', 'failed_line', 'cell_failure', 'other_failure', 'Stopped', 'Execution',
+           'RunManager', 'RunClient', 'RunEngine', 'end', 'execute', 'lines_of', 'listen', 'prepare', 'main']
 
 # %% ../../nbs/experiment/worker.ipynb #708f9884
 def progress_entries(notebook: NotebookNode) -> dict[str, Any]:
@@ -88,6 +93,7 @@ class Stopped(Exception):
     """The run was stopped before a cell could start."""
 
 
+PAUSE = 0.1  # seconds between two savings of a notebook that runs
 PATIENCE = (2.0, 3.0)  # seconds for a kernel to end its cell after the first interrupt, and the second
 
 
@@ -109,20 +115,34 @@ class Execution:
         self.kernel: int | None = None  # process that leads the kernel's group
         self.stopped: dict[str, str] | None = None
         self.ended = threading.Event()
+        self.saved = float("-inf")  # by the clock of `time.monotonic`
+        self.saving: asyncio.TimerHandle | None = None
 
-    def save(self, **entries: Any) -> None:
+    def save(self, *, lasting: bool = True, **entries: Any) -> None:
         """Write the notebook with what is known by now and `entries` in its record, whole or not at all."""
         assert self.notebook is not None
+        if self.saving is not None:
+            self.saving.cancel()
+            self.saving = None
         self.notebook.metadata[METADATA_KEY] |= progress_entries(self.notebook) | entries
         notebook = self.notebook
         if self.hidden:
             notebook = from_dict(redacted_notebook(notebook, self.hidden))
         content = writes_json(notebook) + "\n"
-        write_atomic(self.path, content.encode(errors="backslashreplace"))
+        write_atomic(self.path, content.encode(errors="backslashreplace"), lasting=lasting)
+        self.saved = time.monotonic()
+
+    def save_soon(self) -> None:
+        """Save at once or, when that was done less than `PAUSE` seconds ago, while the next cell runs."""
+        save = partial(self.save, lasting=False)
+        if time.monotonic() - self.saved >= PAUSE:
+            save()
+        elif self.saving is None:
+            self.saving = ensure_event_loop().call_later(PAUSE, save)
 
     def warm(self, manager: KernelManager) -> None:
         """Have `manager` use the process that was forked for this run's kernel, and record whether it can."""
-        reason = self.task.get("cold", "it is a single run")
+        reason = self.task.get("cold", "it was not asked for")
         if self.forked is not None:
             reason = "its processes were forked from ones that have imported its libraries"
             if not is_this_python(manager):
@@ -168,7 +188,7 @@ class RunManager(NotebookExecutionManager):
         execution.report({"event": "cells", "total": len(notebook.cells)})
 
     def save(self, **_: Any) -> None:
-        self.execution.save()
+        self.execution.save_soon()
         self.last_save_time = self.now()
 
     def cell_start(self, cell: NotebookNode, cell_index: int = 0, **options: Any) -> None:
@@ -239,7 +259,11 @@ def end(execution: Execution, failure: dict[str, Any] | None) -> None:
     if execution.notebook is not None:
         started = datetime.fromisoformat(execution.notebook.metadata[METADATA_KEY]["started"])
         now, models = datetime.now(UTC), collect(execution.notebook).models
-        outcome = {"status": status, "error": failure, "models": models if status == "succeeded" else []}
+        outcome: dict[str, Any] = {
+            "status": status,
+            "error": failure,
+            "models": models if status == "succeeded" else [],
+        }
         try:
             execution.save(**outcome, ended=now.isoformat(), seconds=(now - started).total_seconds())
         except OSError as error:
@@ -291,6 +315,15 @@ def listen(execution: Execution, lines: Iterator[str]) -> None:
     os._exit(1)
 
 # %% ../../nbs/experiment/worker.ipynb #36853706
+def prepare() -> None:
+    """Do what papermill and Jupyter do once in a process, so that copies of this one need not."""
+    import IPython  # noqa: F401 - where kernels are installed is asked of it
+
+    for minor in (2, 4, 5):
+        get_validator(4, minor)
+    KernelSpecManager().get_kernel_spec(NATIVE_KERNEL_NAME)
+
+
 def main(kernel: int | None = None) -> None:
     """Execute the one task that standard input describes; events go to standard output as lines of JSON.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import NotFoundError, RunError, UsageError
 from ..experiment.changes import checkout
-from ..experiment.execution import Source, execute, fresh_notebook
+from ..experiment.execution import Source, execute, fresh_notebook, kernels_for
 from ..experiment.notebook import parse_notebook, read_content
 from ..experiment.parameters import check_values, notebook_parameters
 from ..experiment.progress import cell_progress
@@ -289,8 +289,8 @@ def reproduce(
         if not source.path.parent.is_dir():
             raise RunError(f"The notebook's folder {source.path.parent} is gone. Reproduce with a checkout.")
         notebook = check_notebook(source.content, source.path)
-        with cell_progress(source.path.name, progress) as hear:
-            again = execute(source, values, on_event=hear)
+        with cell_progress(source.path.name, progress) as hear, kernels_for(source, values) as warm:
+            again = execute(source, values, on_event=hear, warm=warm)
     if again.status == "cancelled":
         raise KeyboardInterrupt
     origin, results = check_origin(original.lineage, again.lineage), check_results(original, again)
