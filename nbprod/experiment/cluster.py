@@ -57,8 +57,7 @@ FETCH = 600.0  # seconds for the files of a run to arrive
 
 def have_executed(job: Job, watch: Watch) -> Outcome:
     """Have a job executed by a worker, whichever brings it to an end."""
-    client, address = watch.client, job.shipment.scheduler
-    lost = Outcome(None, "interrupted", f"The connection to the cluster at {address} was lost.")
+    client, problem, result = watch.client, "it was cancelled there", {}
     key, call = f"nbprod-{job.shipment.id}-{job.record['run']}", pickle.dumps(Call(job))
     ended, limit = threading.Event(), float("inf")
     try:
@@ -76,11 +75,16 @@ def have_executed(job: Job, watch: Watch) -> Outcome:
             watch.look()  # it may have taken workers with it
             return failure(future.exception())
         result = future.result(timeout=FETCH) if future.status == "finished" else {}
-    except Exception:  # Dask's, of many kinds, when the scheduler goes
-        return lost
+    except Exception as error:  # Dask's, of many kinds, when the scheduler goes
+        problem = f"{type(error).__name__}: {error}"
     if "error" in result:
         return Outcome(None, "failed", result["error"])
-    return Outcome(result["folder"]) if result else lost
+    if "folder" in result:
+        return Outcome(result["folder"])
+    cluster = f"the cluster at {job.shipment.scheduler}"
+    if client.status == "running":
+        return Outcome(None, "interrupted", f"It did not come back from {cluster}: {problem}.")
+    return Outcome(None, "interrupted", f"The connection to {cluster} was lost.")
 
 # %% ../../nbs/experiment/cluster.ipynb #ff823be5
 @dataclass(frozen=True)
