@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nbprod.experiment.execution import run as run
     from nbprod.experiment.recording import log_data as log_data, log_metrics as log_metrics
     from nbprod.experiment.runs import load_run as load_run, runs as runs
+    from nbprod.experiment.search_space import log_uniform as log_uniform, uniform as uniform
     from nbprod.experiment.sweeps import sweep as sweep
     from nbprod.model.artifact import log_model as log_model
     from nbprod.model.reproduce import reproduce as reproduce
@@ -38,6 +39,8 @@ NAMES: dict[str, str] = {
     "new": "nbprod.project",
     "run": "nbprod.experiment.execution",
     "sweep": "nbprod.experiment.sweeps",
+    "uniform": "nbprod.experiment.search_space",
+    "log_uniform": "nbprod.experiment.search_space",
     "runs": "nbprod.experiment.runs",
     "load_run": "nbprod.experiment.runs",
     "compare": "nbprod.experiment.differences",

@@ -380,6 +380,23 @@ def test_a_cluster_that_dies(project: Path, tmp_path: Path) -> None:
     assert [run.trial for run in runs()] == [0, 0]
 
 
+def test_a_sweep_is_resumed_on_a_cluster(project: Path, cluster: Cluster) -> None:
+    """As a user has it executed there, stops it, and goes on with it from the command line."""
+    source, meeting = waiting_notebook(project)
+    code = f"import nbprod; nbprod.sweep('nbs/wait.ipynb', {{'seed': [0, 1, 2]}}, executor={cluster.address!r})"
+    driver = start_driver(code, project)
+    marks(meeting, 2)
+    driver.send_signal(signal.SIGINT)
+    driver.communicate()
+    assert {(run.trial, run.status) for run in runs()} == {(0, "cancelled"), (1, "cancelled")}
+    (meeting / "go").touch()
+    command = ["nbprod", "sweep", str(source.path), "--resume", str(runs()[0].sweep), "--json"]
+    resumed = subprocess.run([*command, "--executor", cluster.address], capture_output=True, text=True)
+    found = json.loads(resumed.stdout)["runs"]
+    assert [(run["status"], run["params"]["seed"]) for run in found] == [("succeeded", seed) for seed in range(3)]
+    assert resumed.returncode == 0 and len(runs()) == 5
+
+
 def test_models_become_versions_here(project: Path, cluster: Cluster) -> None:
     """What a run on a worker stages arrives with it, and what follows a success happens at the driver."""
     cell = """

@@ -57,7 +57,8 @@ FETCH = 600.0  # seconds for the files of a run to arrive
 
 def have_executed(job: Job, watch: Watch) -> Outcome:
     """Have a job executed by a worker, whichever brings it to an end."""
-    client, problem, result = watch.client, "it was cancelled there", {}
+    client, problem = watch.client, "it was cancelled there"
+    result: dict[str, Any] = {}
     key, call = f"nbprod-{job.shipment.id}-{job.record['run']}", pickle.dumps(Call(job))
     ended, limit = threading.Event(), float("inf")
     try:
