@@ -11,7 +11,7 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['NbprodError', 'UsageError', 'SettingsError', 'ParameterError', 'NotFoundError', 'did_you_mean', 'RunError',
-           'CellError', 'ModelError', 'ReleaseError', 'ServeError', 'ContractError']
+           'CellError', 'ClusterError', 'ModelError', 'ReleaseError', 'ServeError', 'ContractError']
 
 # %% ../nbs/errors.ipynb #cdd59dc5
 class NbprodError(Exception):
@@ -68,6 +68,10 @@ class CellError(RunError):
         self.cell, self.line, self.error = cell, line, error
 
 # %% ../nbs/errors.ipynb #380aa163
+class ClusterError(NbprodError):
+    """A cluster cannot be reached, or cannot execute runs."""
+
+
 class ModelError(NbprodError):
     """A model cannot be logged, loaded or stored."""
 

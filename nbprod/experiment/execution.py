@@ -38,8 +38,8 @@ from ..settings import Settings, find_project, load_settings
 
 # %% auto #0
 __all__ = ['LEFTOVERS', 'LOG_NAME', 'ATTEMPTS', 'LOGGER', 'Source', 'open_source', 'storing', 'new_id', 'make_folder',
-           'fresh_notebook', 'inject', 'Trial', 'first_record', 'settle', 'on_success', 'announce', 'kernels_for',
-           'set_aside', 'is_retried', 'execute', 'run_failure', 'run']
+           'fresh_notebook', 'inject', 'Trial', 'first_record', 'settle', 'on_success', 'announce', 'Errand',
+           'kernels_for', 'set_aside', 'is_retried', 'execute', 'run_failure', 'run']
 
 # %% ../../nbs/experiment/execution.ipynb #b04c1d90
 @dataclass(frozen=True)
@@ -251,6 +251,18 @@ def announce(run: Run, settings: Settings) -> None:
             close_record(run.path, "failed", reason)
         raise RunError(f"Run {run.id} failed. {reason}\n  executed notebook: {run.path}", run.path) from error
 
+# %% ../../nbs/experiment/execution.ipynb #5c1f0a73
+@dataclass(frozen=True)
+class Errand:
+    """A run that was begun elsewhere: the folder to execute it in, and the record that it has there."""
+
+    folder: Path
+    record: Mapping[str, Any]
+
+    def begin(self) -> dict[str, Any]:
+        """The record of the run as it starts here, now."""
+        return {**self.record, "started": datetime.now(UTC).isoformat(), "host": platform.node()}
+
 # %% ../../nbs/experiment/execution.ipynb #9c18111e
 def _task(
     source: Source, values: Mapping[str, Any], folder: Path, scratch: str, **more: Any
@@ -364,15 +376,17 @@ def execute(
     cancelled: threading.Event | None = None,
     on_event: Listener = lambda _: None,
     warm: WarmKernels | str = "it was not asked for",
+    errand: Errand | None = None,
 ) -> Run:
     """Execute a notebook with values that were checked, and return the run however it ended.
 
     `timeout` is in seconds, for each of up to `retries` + 1 attempts; with `stream`, outputs are events too.
     `threads` is how many threads a numeric library may use in it; setting `cancelled` stops it; `warm` are
-    kernels that it may use, or the reason why there are none. Raises `RunError` if the record cannot be
-    written or a listener fails.
+    kernels that it may use, or the reason why there are none; `errand` is that of another machine. Raises
+    `RunError` if the record cannot be written or a listener fails.
     """
-    folder, cancelled = make_folder(source.settings, datetime.now(UTC)), cancelled or threading.Event()
+    folder = errand.folder if errand else make_folder(source.settings, datetime.now(UTC))
+    cancelled = cancelled or threading.Event()
     path, lock = folder / NOTEBOOK_NAME, hold(folder)
     how: dict[str, Any] = {"timeout": timeout, "cancelled": cancelled, "on_event": on_event}
     how |= {"threads": threads, "stream": stream}
@@ -380,13 +394,14 @@ def execute(
     try:
         while True:
             with storing(path):
-                record = first_record(source, values, folder, trial) | {"attempts": attempts}
+                record = errand.begin() if errand else first_record(source, values, folder, trial)
+            record = {**record, "attempts": attempts}
             run, lasting = _attempt(source, values, record, path, lock, warm, **how)
             if cancelled.is_set() or not is_retried(run, retries, lasting):
                 break
             with storing(path):
                 attempts = set_aside(run)
-        if run.status == "succeeded":
+        if run.status == "succeeded" and errand is None:
             announce(run, source.settings)
         return run
     finally:

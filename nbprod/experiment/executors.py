@@ -73,6 +73,7 @@ def open_local(source: Source, terms: Terms, jobs: int, values: Mapping[str, Any
                 trial=Trial(terms.sweep, number, terms.plan),
                 threads=threads,
                 cancelled=terms.cancelled,
+                retries=terms.retries,
                 warm=warm,
             )
         except RunError as error:
