@@ -11,7 +11,7 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['NbprodError', 'UsageError', 'SettingsError', 'ParameterError', 'NotFoundError', 'did_you_mean', 'RunError',
-           'CellError', 'ModelError', 'ReleaseError', 'ServeError', 'ContractError']
+           'CellError', 'ModelError', 'ReleaseError', 'StoreError', 'ServeError', 'ContractError']
 
 # %% ../nbs/errors.ipynb #cdd59dc5
 class NbprodError(Exception):
@@ -74,6 +74,10 @@ class ModelError(NbprodError):
 
 class ReleaseError(NbprodError):
     """A model was refused at a gate; the alias did not move."""
+
+
+class StoreError(NbprodError):
+    """A store that lives elsewhere cannot be reached, read or written."""
 
 
 class ServeError(NbprodError):
