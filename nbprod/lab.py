@@ -89,6 +89,7 @@ DASHBOARD = Path("nbs") / "30_dashboard.ipynb"
 def jupyter_command(settings: Settings, browser: bool = True) -> list[str]:
     """The command line that opens the project in JupyterLab; without `browser` it only prints its address."""
     command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={settings.root}"]
+    command.append("--ContentsManager.allow_hidden=True")  # executed notebooks are in .nbprod
     if os.geteuid() == 0:
         command.append("--allow-root")
     if not browser:
@@ -116,7 +117,7 @@ def lab(
     settings = load_settings(path)
     chosen = resolve(model or released_model(settings), settings)
     built = build(chosen.tag, settings=settings)
-    environment = os.environ | {"PYTHONPATH": kernel_path(settings)}
+    environment = os.environ | {"PYTHONPATH": kernel_path(settings), "NBPROD_LAB": "1"}
     with (
         start_service(built.bento, port=port, settings=settings) as url,
         replayed_traffic(url, chosen, traffic, settings),

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from configparser import ConfigParser, Error as ConfigError
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import SettingsError, did_you_mean
@@ -57,7 +58,7 @@ class Settings:
     store: Path
     jobs: int
     max_body: int
-    index: str = ""
+    index: str = field(default="", repr=False)  # a password may be in it
 
     @property
     def runs(self) -> Path:
@@ -92,11 +93,13 @@ def _store(root: Path, value: str, origin: str) -> Path:
 def _index(root: Path, value: str, origin: str) -> str:
     """`value` as a URL with the path of a SQLite file, relative to the project, made absolute."""
     dialect, separator, path = value.partition(":///")
+    if origin == "settings.ini" and re.search(r"://[^/?@]*:[^@]*@|password=", value):
+        message = "has a password, which would be in git and in the records of runs"
+        raise SettingsError(f"index ({origin}) {message}. Set NBPROD_INDEX, or write it to ~/.pgpass.")
     if not value or ("://" in value and not value.startswith("sqlite")):
         return value
     if not separator or not path:
-        message = f"index = {value!r} ({origin}) must be a SQLAlchemy URL such as sqlite:///index.sqlite."
-        raise SettingsError(message)
+        raise SettingsError(f"index ({origin}) must be a SQLAlchemy URL such as sqlite:///index.sqlite.")
     return f"{dialect}:///{root / path}"
 
 # %% ../nbs/settings.ipynb #98497bc8
