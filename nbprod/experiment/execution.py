@@ -29,6 +29,7 @@ from .parameters import injected_cell, notebook_parameters, secret_variables
 from .progress import Listener, cell_progress
 from .recording import METADATA_KEY, NOTEBOOK_NAME, read_record, write_notebook
 from .runs import INTERRUPTED, STAGED, Run, close_record, run_from_record
+from .sharing import publish
 from .supervision import CANCELLED, Worker, close, follow, start_worker
 from .values import plain
 from ..files import hold
@@ -293,7 +294,7 @@ def execute(
 
     `threads` is how many threads a numeric library may use in it; setting `cancelled` stops it; `warm` are
     kernels that it may use, or the reason why there are none. Raises `RunError` if the record cannot be
-    written or a listener fails.
+    written, a listener fails, or the run cannot be shared.
     """
     folder = make_folder(source.settings, datetime.now(UTC))
     path, lock = folder / NOTEBOOK_NAME, hold(folder)
@@ -317,6 +318,7 @@ def execute(
         run = settle(worker, path)
         if run.status == "succeeded":
             announce(run, source.settings)
+        publish(run, source.settings)
         return run
     finally:
         if lock is not None:

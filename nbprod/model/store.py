@@ -104,10 +104,16 @@ class Version:
         """The part of the tag after the colon."""
         return self.tag.split(":")[1]
 
+    def file(self, name: str) -> Path:
+        """The path of one of its files. Those of a version that only the shared store has are fetched first."""
+        if not self.folder.exists():
+            fetch(self.tag, self.folder)
+        return self.folder / name
+
     @cached_property
     def facts(self) -> dict[str, Any]:
         """created, estimator, classes, library, holdout, run, and of the run: params, metrics, lineage."""
-        return read_json(self.folder / "facts.json")
+        return read_json(self.file("facts.json"))
 
     @property
     def run(self) -> str | None:
@@ -118,7 +124,7 @@ class Version:
     @property
     def notebook(self) -> Path | None:
         """The executed notebook that made the model, if a run did."""
-        path = self.folder / "notebook.ipynb"
+        path = self.file("notebook.ipynb")
         return path if path.exists() else None
 
 # %% ../../nbs/model/store.ipynb #78857f78
@@ -129,23 +135,23 @@ class Model(Version):
     @cached_property
     def contract(self) -> Contract:
         """The columns that the model takes."""
-        return Contract.from_dict(read_json(self.folder / "contract.json"))
+        return Contract.from_dict(read_json(self.file("contract.json")))
 
     @cached_property
     def baseline(self) -> Baseline:
         """The training profile of the columns and of the predictions."""
-        return Baseline.from_dict(read_json(self.folder / "baseline.json"))
+        return Baseline.from_dict(read_json(self.file("baseline.json")))
 
     @cached_property
     def examples(self) -> dict[str, Any]:
         """Golden examples: rows, predictions, probabilities."""
-        return read_json(self.folder / "examples.json")
+        return read_json(self.file("examples.json"))
 
     @cached_property
     def pipeline(self) -> Any:
         """The fitted scikit-learn pipeline."""
         make_importable(self.library)
-        return read_pipeline(self.folder / "pipeline.skops", self.library)
+        return read_pipeline(self.file("pipeline.skops"), self.library)
 
     @property
     def classes(self) -> list[Any] | None:
@@ -162,7 +168,7 @@ class Model(Version):
     @property
     def library_path(self) -> Path | None:
         """The folder that holds the package `library` as it was in training."""
-        return self.folder / "library" if self.library else None
+        return self.file("library") if self.library else None
 
     def answer(self, frame: pd.DataFrame) -> Answer:
         """Predictions and probabilities for `frame`, checked by the contract."""
@@ -183,10 +189,14 @@ class Model(Version):
 
 # %% ../../nbs/model/store.ipynb #533d4258
 def models(name: str | None = None) -> list[Model]:
-    """The versions in the BentoML store that nbprod made, newest first; with `name`, those of one model."""
+    """The versions that nbprod made, newest first; with `name`, those of one model.
+
+    They are in the BentoML store, or in the store that is shared with others and fetched when they are used.
+    """
     store = bentoml_home() / "models"
     folders = [path.parent for path in store.glob(f"{name or '*'}/*/contract.json")]
     found = [Model(f"{folder.parent.name}:{folder.name}", folder) for folder in folders]
+    found += shared_models(name, {model.tag for model in found})
     return sorted(found, key=lambda model: (model.facts["created"], model.tag), reverse=True)
 
 # %% ../../nbs/model/store.ipynb #0e8faee3
@@ -202,6 +212,9 @@ def _unknown_name(name: str) -> NotFoundError:
 def load(tag: str) -> Model:
     """The model of a tag `name:version`, `name:latest` or `name` (the latest); the pipeline is read later."""
     name, _, version = tag.partition(":")
+    here = bentoml_home() / "models" / name / version
+    if version not in ("", "latest") and (here / "contract.json").exists():
+        return Model(tag, here)
     known = models(name)
     if not known:
         raise _unknown_name(name)
