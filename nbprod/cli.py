@@ -17,11 +17,11 @@ __all__ = ['Argument', 'Command', 'VERBS', 'MODEL', 'NAME', 'NOTEBOOK', 'RUN', '
            'FILE', 'OPTION', 'RUN_COLUMNS', 'COLORS', 'text', 'print_table', 'print_cells', 'print_json', 'shown',
            'split_assignments', 'split_values', 'takes', 'verb', 'new_command', 'demo_command', 'lab_command',
            'given_texts', 'typed_values', 'option_help', 'add_options', 'params_command', 'print_run', 'run_command',
-           'varied', 'print_runs', 'nested_text', 'print_columns', 'sweep_command', 'reproduce_command', 'split_names',
-           'whole_number', 'print_lineage', 'runs_command', 'list_runs', 'show_command', 'compare_command',
-           'index_command', 'models_command', 'print_releases', 'promote_command', 'rollback_command',
-           'releases_command', 'build_command', 'serve_command', 'containerize_command', 'monitor_command',
-           'make_parser', 'join_sort', 'main']
+           'varied', 'print_runs', 'nested_text', 'print_columns', 'read_tried_file', 'tried_text', 'join_rows',
+           'tried_values', 'sweep_command', 'reproduce_command', 'split_names', 'whole_number', 'print_lineage',
+           'runs_command', 'list_runs', 'show_command', 'compare_command', 'index_command', 'models_command',
+           'print_releases', 'promote_command', 'rollback_command', 'releases_command', 'build_command',
+           'serve_command', 'containerize_command', 'monitor_command', 'make_parser', 'join_sort', 'main']
 
 # %% ../nbs/cli.ipynb #df3968bb
 def text(value: Any) -> str:
@@ -182,7 +182,12 @@ def lab_command(arguments: argparse.Namespace) -> None:
 
 # %% ../nbs/cli.ipynb #1cc547b9
 FILE = takes(
-    "-f", "--file", action="append", default=[], metavar="FILE", help="YAML with values; may be repeated"
+    "-f",
+    "--file",
+    action="append",
+    default=[],
+    metavar="FILE",
+    help="YAML with values, for a sweep also CSV; may be repeated",
 )
 
 
@@ -196,8 +201,8 @@ def given_texts(arguments: argparse.Namespace) -> dict[str, str]:
     return split_assignments(arguments.parameter) | options
 
 
-def typed_values(arguments: argparse.Namespace, *, grid: bool = False) -> dict[str, Any]:
-    """The values given for a notebook by files and, above them, as texts; for a `grid`, lists of values."""
+def typed_values(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The values given for a notebook by files and, above them, as texts."""
     from pathlib import Path
 
     from nbprod.experiment.parameter_file import read_file
@@ -206,12 +211,8 @@ def typed_values(arguments: argparse.Namespace, *, grid: bool = False) -> dict[s
     texts, values = given_texts(arguments), dict[str, Any]()
     parameters = read_parameters(Path(arguments.notebook)) if texts or arguments.file else []
     for file in arguments.file:
-        values |= read_file(Path(file), parameters, grid=grid)
-    if not grid:
-        return values | parse_texts(parameters, texts)
-    for name, text_of_all in texts.items():
-        values[name] = [parse_texts(parameters, {name: each})[name] for each in split_values(text_of_all)]
-    return values
+        values |= read_file(Path(file), parameters)
+    return values | parse_texts(parameters, texts)
 
 # %% ../nbs/cli.ipynb #df1843e9
 OPTION = "parameter:"
@@ -343,20 +344,92 @@ def print_columns(columns: dict[str, list[Any]]) -> None:
         texts |= {"status": painted} if painted else {}
     print_cells([list(texts), *zip(*texts.values(), strict=True)], end)
 
+# %% ../nbs/cli.ipynb #c6d818f6
+def read_tried_file(path: Any, parameters: Sequence[Any]) -> Any:
+    """What to try by name in a YAML file, or the values of each run in one that lists them, as CSV does."""
+    from nbprod.experiment.parameter_file import read_tried
+    from nbprod.experiment.trial_table import read_table
+
+    return read_table(path, parameters) if path.suffix.lower() == ".csv" else read_tried(path, parameters)
+
+
+def tried_text(parameter: Any, value: str) -> Any:
+    """The values to try that a text has for a parameter, or the range to draw them from."""
+    from nbprod.experiment.parameters import parse_texts
+    from nbprod.experiment.search_space import read_range
+
+    numbers = read_range(parameter, value)
+    if numbers is not None:
+        return numbers
+    return [parse_texts([parameter], {parameter.name: each})[parameter.name] for each in split_values(value)]
+
+
+def join_rows(rows: Sequence[dict[str, Any]], space: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each of the listed combinations, with the one value of each name in `space`."""
+    from nbprod.errors import UsageError
+
+    for name, values in space.items():
+        if any(name in row for row in rows):
+            raise UsageError(
+                f"{name} is given in the list of combinations already: leave out one of the two."
+            )
+        if not isinstance(values, list) or len(values) != 1:
+            raise UsageError(f"Beside a list of combinations, {name} can have one value only.")
+    return [row | {name: values[0] for name, values in space.items()} for row in rows]
+
+
+def tried_values(arguments: argparse.Namespace) -> Any:
+    """What to try for a notebook by name, or the values of each run; None if nothing was given."""
+    from pathlib import Path
+
+    from nbprod.errors import UsageError
+    from nbprod.experiment.parameters import known_parameter, read_parameters
+
+    texts, space, rows = given_texts(arguments), dict[str, Any](), None
+    if not texts and not arguments.file:
+        return None
+    parameters = read_parameters(Path(arguments.notebook))
+    for file in arguments.file:
+        read = read_tried_file(Path(file), parameters)
+        if isinstance(read, dict):
+            space |= read
+        elif rows is not None:
+            raise UsageError("Only one file can list combinations.")
+        else:
+            rows = read
+    space |= {name: tried_text(known_parameter(parameters, name), value) for name, value in texts.items()}
+    return space if rows is None else join_rows(rows, space)
+
 # %% ../nbs/cli.ipynb #1bc29137
-@verb(NOTEBOOK, PARAMETER, FILE, takes("--jobs", type=int, help="runs at once (default: cores)"), JSON)
+@verb(
+    NOTEBOOK,
+    PARAMETER,
+    FILE,
+    takes("--trials", type=int, help="how many combinations to draw, at random or towards a goal"),
+    takes("--maximize", metavar="METRIC", help="metric that should be high; with --trials, Optuna searches"),
+    takes("--minimize", metavar="METRIC", help="metric that should be low"),
+    takes("--search-seed", type=int, metavar="N", help="makes the same draws again (default: a new one)"),
+    takes("--resume", metavar="ID", help="go on with that sweep, which was interrupted"),
+    takes("--retry-failed", action="store_true", help="with --resume: also what failed"),
+    takes("--jobs", type=int, help="runs at once (default: cores)"),
+    takes("--executor", metavar="ADDRESS", help="local, or a Dask scheduler's tcp://HOST:PORT"),
+    takes("--timeout", type=float, help="seconds for each run"),
+    takes("--retries", type=int, default=0, help="how often to execute a failed run again (default: 0)"),
+    JSON,
+)
 def sweep_command(arguments: argparse.Namespace) -> None:
-    """Execute a notebook over a grid of values: -p depth=4,8 -p rate=0.05,0.1"""
+    """Execute a notebook with many values: -p depth=4,8 -p rate=0.01..0.1 --trials 30"""
     import nbprod
 
-    grid = typed_values(arguments, grid=True)
-    runs = nbprod.sweep(arguments.notebook, grid, jobs=arguments.jobs)
+    search = ("trials", "maximize", "minimize", "search_seed", "resume", "retry_failed")
+    options = {name: getattr(arguments, name) for name in (*search, "jobs", "executor", "timeout", "retries")}
+    runs = nbprod.sweep(arguments.notebook, tried_values(arguments), **options)
     rows = [run.as_dict() for run in runs]
     if arguments.json:
-        print_json({"id": runs[0].sweep if len(runs) else None, "runs": rows})
+        print_json({"id": runs.id, "runs": rows})
     else:
         print_runs(rows)
-    if any(run.status != "succeeded" for run in runs):
+    if any(run.status != "succeeded" or run.error for run in runs):
         raise SystemExit(1)
 
 # %% ../nbs/cli.ipynb #39df22b1
@@ -477,9 +550,13 @@ def compare_command(arguments: argparse.Namespace) -> None:
 @verb(takes("--rebuild", action="store_true", help="read every notebook again"), JSON)
 def index_command(arguments: argparse.Namespace) -> None:
     """The cache of the runs' records, brought up to date."""
+    from nbprod import join_rooms
     from nbprod.experiment.index import rebuild, refresh
+    from nbprod.experiment.sharing import publish_missing
     from nbprod.settings import load_settings
 
+    join_rooms()
+    publish_missing(load_settings())
     count = (rebuild if arguments.rebuild else refresh)(load_settings())
     print_json({"runs": count}) if arguments.json else print(f"{count} runs in the index")
 

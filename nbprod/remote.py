@@ -55,7 +55,9 @@ def open_filesystem(url: str) -> tuple[Any, str]:
         filesystem, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
         extra = f"pip install 'nbprod[{EXTRAS[protocol]}]'" if protocol in EXTRAS else f"install it: {error}"
-        raise SettingsError(f"store = {public_url(url)!r} needs a library that is not there: {extra}.") from error
+        raise SettingsError(
+            f"store = {public_url(url)!r} needs a library that is not there: {extra}."
+        ) from error
     except ValueError as error:
         raise SettingsError(f"store = {public_url(url)!r}: fsspec knows no protocol {protocol!r}.") from error
     return filesystem, str(path).rstrip("/")
@@ -161,7 +163,9 @@ class Remote:
 
     def put(self, folder: Path, name: str, last: str) -> None:
         """Upload the files in the local `folder` as the folder `name`, the one called `last` at the end."""
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.endswith(".tmp")]
+        files = [
+            path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.endswith(".tmp")
+        ]
         ordered = sorted(files, key=lambda path: path == folder / last)
         with reaching(self.url):
             for path in ordered:

@@ -15,7 +15,7 @@ from pathlib import Path
 from .errors import SettingsError, did_you_mean
 
 # %% auto #0
-__all__ = ['DEFAULTS', 'read_ini', 'find_project', 'Settings', 'load_settings', 'bentoml_home']
+__all__ = ['LOCAL', 'DEFAULTS', 'read_ini', 'find_project', 'Settings', 'executor_address', 'load_settings', 'bentoml_home']
 
 # %% ../nbs/settings.ipynb #b0528d2c
 def read_ini(path: Path) -> ConfigParser:
@@ -38,9 +38,11 @@ def find_project(start: Path | None = None) -> Path | None:
     return None
 
 # %% ../nbs/settings.ipynb #757a5738
+LOCAL = "local"
 DEFAULTS: dict[str, str] = {
     "store": ".nbprod",
     "index": "",
+    "executor": LOCAL,
     "jobs": str(os.cpu_count() or 1),
     "max_body": str(10 * 1024 * 1024),
 }
@@ -50,8 +52,9 @@ DEFAULTS: dict[str, str] = {
 class Settings:
     """One project's settings. `root` and `store` are absolute; `library` is its exported package.
 
-    `store` is where runs execute and are kept; `remote` the fsspec URL of the store that is shared with others,
-    empty where there is none. `index` is the SQLAlchemy URL of the index, empty for a SQLite file in the store.
+    `store` is where runs execute and are kept; `remote` the fsspec URL of the store that is shared with
+    others, empty where there is none. `index` is the SQLAlchemy URL of the index, empty for a SQLite file.
+    `executor` is `local` or the address of a Dask scheduler.
     """
 
     root: Path
@@ -61,6 +64,7 @@ class Settings:
     max_body: int
     index: str = field(default="", repr=False)  # a password may be in it, and in the URL of the store
     remote: str = field(default="", repr=False)
+    executor: str = LOCAL
 
     @property
     def runs(self) -> Path:
@@ -92,7 +96,7 @@ def _store(root: Path, value: str) -> Path:
 
 
 def _remote(value: str, origin: str) -> str:
-    """`value` if it is a URL, otherwise nothing. `SettingsError` for one that holds a secret for all to read."""
+    """`value` if it is a URL, otherwise nothing. `SettingsError` for a secret in it that all could read."""
     if "://" not in value:
         return ""
     if origin == "settings.ini" and ("@" in value or "?" in value):
@@ -112,6 +116,15 @@ def _index(root: Path, value: str, origin: str) -> str:
     if not separator or not path:
         raise SettingsError(f"index ({origin}) must be a SQLAlchemy URL such as sqlite:///index.sqlite.")
     return f"{dialect}:///{root / path}"
+
+
+def executor_address(value: str, origin: str) -> str:
+    """`value`, if it is `local` or looks like the address of a Dask scheduler. `SettingsError` if not."""
+    scheme, separator, host = value.partition("://")
+    if value != LOCAL and not (scheme.isalpha() and separator and host):
+        message = f"executor = {value!r} ({origin}) must be local, or the address of a Dask scheduler such as"
+        raise SettingsError(f"{message} tcp://127.0.0.1:8786.")
+    return value
 
 # %% ../nbs/settings.ipynb #98497bc8
 def _section(root: Path | None) -> tuple[dict[str, str], str | None]:
@@ -157,6 +170,7 @@ def load_settings(
         jobs=_whole_number("jobs", values["jobs"], origins.get("jobs", "default")),
         max_body=_whole_number("max_body", values["max_body"], origins.get("max_body", "default")),
         index=_index(base, values["index"], origins.get("index", "default")),
+        executor=executor_address(values["executor"], origins.get("executor", "default")),
     )
 
 # %% ../nbs/settings.ipynb #a46cb912

@@ -1,5 +1,6 @@
 """Values on their way into a kernel: none changes, and none that would change is let in."""
 
+import csv
 import enum
 import html
 import json
@@ -18,7 +19,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as some
 from running import write_notebook
 
-from nbprod.cli import main
+from nbprod.cli import main, read_tried_file, tried_text
 from nbprod.errors import ParameterError
 from nbprod.experiment.execution import fresh_notebook, inject, open_source, run
 from nbprod.experiment.parameter_file import read_file
@@ -30,6 +31,7 @@ from nbprod.experiment.parameters import (
     parse_texts,
     read_parameters,
 )
+from nbprod.experiment.plans import make_plan, recorded_plan
 
 
 def parameters(source: str) -> list[Any]:
@@ -311,11 +313,56 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(pair=ANY)
 def test_any_value_arrives_from_yaml(pair: tuple[str, Any], file: Path) -> None:
     source, value = pair
-    for grid in (False, True):
-        document = {"x": [as_yaml(value)] if grid else as_yaml(value)}
+    file.write_text(yaml.safe_dump({"x": as_yaml(value)}, sort_keys=False), encoding="utf-8")
+    assert exactly(arrived(read_file(file, PARAMETERS[source]))) == exactly(unfolded(value))
+
+
+@OFTEN
+@given(ANY)
+@example(("str", "1..9"))
+def test_any_value_arrives_by_a_sweep_from_a_command_line(pair: tuple[str, Any]) -> None:
+    source, value = pair
+    [parameter], text = PARAMETERS[source], as_text(value)
+    one = not text.startswith("[") and "," not in text
+    for given_text in [json.dumps([text])] + ([text] if one else []):
+        [read] = tried_text(parameter, given_text)
+        assert exactly(arrived({"x": read})) == exactly(unfolded(value))
+
+
+@OFTEN
+@given(pair=ANY)
+def test_any_value_arrives_by_a_sweep_from_yaml(pair: tuple[str, Any], file: Path) -> None:
+    source, value = pair
+    for document in ({"x": [as_yaml(value)]}, [{"x": as_yaml(value)}]):
         file.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
-        read = read_file(file, PARAMETERS[source], grid=grid)["x"]
-        assert exactly(arrived({"x": read[0] if grid else read})) == exactly(unfolded(value))
+        read = read_tried_file(file, PARAMETERS[source])
+        [values] = make_plan(PARAMETERS[source], read).values() or []
+        assert exactly(arrived(values)) == exactly(unfolded(value))
+
+
+@OFTEN
+@given(pair=ANY)
+def test_any_value_arrives_by_a_sweep_from_csv(pair: tuple[str, Any], file: Path) -> None:
+    source, value = pair
+    table = file.with_suffix(".csv")
+    with table.open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream).writerows([["x"], [as_text(value)]])
+    [values] = read_tried_file(table, PARAMETERS[source])
+    assert exactly(arrived(values)) == exactly(unfolded(value))
+
+
+@OFTEN
+@given(ANY)
+@example(("float", -0.0))
+def test_any_value_arrives_by_a_sweep_from_python_and_by_its_record(pair: tuple[str, Any]) -> None:
+    source, value = pair
+    for tried in ({"x": [value]}, [{"x": value}]):
+        plan = make_plan(PARAMETERS[source], tried)
+        [values] = plan.values() or []
+        assert exactly(arrived(values)) == exactly(value)
+        recorded = json.loads(json.dumps(plan.as_dict(), allow_nan=False))
+        [again] = recorded_plan(PARAMETERS[source], recorded).values() or []
+        assert exactly(arrived(again)) == exactly(unfolded(value))
 
 
 @OFTEN
@@ -383,6 +430,24 @@ def test_a_value_of_every_type_arrives_in_a_kernel(project: Path, capsys: pytest
     assert executed["cells"][1]["metadata"]["tags"] == ["injected-parameters"]
     assert finished["params"]["e"] == "2026-01-31" and finished["params"]["b"] == "nan"
     assert executed["metadata"]["papermill"]["parameters"] == finished["params"]
+
+
+def test_a_value_of_every_type_arrives_by_a_sweep(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ", ".join([*"abcdefghijkl", "m_n"])
+    send = f"import json\nprint(json.dumps([repr(each) for each in [{names}]]))"
+    notebook = write_notebook(project / "nbs" / "echo.ipynb", OF_ALL_TYPES, send)
+    given = {name.replace("-", "_"): value for name, value in GIVEN.items()}
+    with (project / "trials.csv").open("w", newline="") as table:
+        csv.writer(table).writerows([list(given), list(given.values())])
+    assert main(["sweep", str(notebook), "-f", "trials.csv", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)["runs"]
+    options = [f"--{name}={json.dumps([value])}" for name, value in GIVEN.items()]
+    assert main(["sweep", str(notebook), *options, "--json"]) == 0
+    made += json.loads(capsys.readouterr().out)["runs"]
+    for run_made in made:
+        [*_, last] = json.loads(Path(run_made["path"]).read_text())["cells"]
+        assert json.loads("".join(last["outputs"][0]["text"])) == ARRIVED
+    assert len(made) == 2
 
 
 def test_help_shows_the_parameters(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

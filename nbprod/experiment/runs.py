@@ -26,6 +26,8 @@ from ..settings import Settings, load_settings
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from nbprod.experiment.plots import Plot
+
 # %% auto #0
 __all__ = ['STAGED', 'INTERRUPTED', 'FIELDS', 'GROUPS', 'COLUMNS', 'NESTED', 'Name', 'show', 'Run', 'run_from_record',
            'close_record', 'read_run', 'value_of', 'keys_of', 'whole_name', 'columns_of', 'Runs', 'no_collection',
@@ -310,6 +312,12 @@ class Runs(Sequence[Run]):
         from nbprod.experiment.run_table import frame_of
 
         return frame_of(self, columns)
+
+    def plot(self, metric: str | None = None) -> Plot:
+        """A metric (default: the first that was logged) by the parameters that vary, drawn in a notebook."""
+        from nbprod.experiment.plots import Plot
+
+        return Plot(self, metric)
 
     def __repr__(self) -> str:
         counts = Counter(run.status for run in self).items()

@@ -5,7 +5,6 @@
 # %% ../../nbs/experiment/sharing.ipynb #7f311f83
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
@@ -63,7 +62,7 @@ def on_publish(publisher: Callable[[Run, Settings], None]) -> None:
 
 
 def publish(run: Run, settings: Settings) -> None:
-    """Upload a run that has ended, if there is a shared store. `RunError` if that fails; the run is kept here."""
+    """Upload a run that has ended, if there is a shared store. `RunError` if that fails; it is kept here."""
     remote = remote_of(settings)
     if remote is None:
         return

@@ -6,29 +6,33 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import NotFoundError, did_you_mean
+from ..errors import NotFoundError, StoreError, did_you_mean
+from ..files import write_atomic
 from .baseline import Baseline
 from .contract import Contract
 from .pipeline import Answer, answer, read_pipeline
-from ..settings import bentoml_home, load_settings
+from ..remote import Remote
+from ..settings import Settings, bentoml_home, load_settings
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
 # %% auto #0
-__all__ = ['staging_folder', 'commit', 'make_importable', 'read_json', 'Version', 'Model', 'models', 'load']
+__all__ = ['LOGGER', 'staging_folder', 'commit', 'make_importable', 'read_json', 'shared_store', 'share', 'fetch', 'Version',
+           'Model', 'shared_models', 'models', 'load']
 
 # %% ../../nbs/model/store.ipynb #3a0e1dde
 @contextmanager
@@ -83,6 +87,42 @@ def read_json(path: Path) -> dict[str, Any]:
     value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return value
 
+# %% ../../nbs/model/store.ipynb #c3ba00b0
+LOGGER = logging.getLogger("nbprod")
+
+
+def shared_store() -> Remote | None:
+    """The store that the project shares with others; None where there is none."""
+    settings = load_settings(required=False)
+    return Remote(settings.remote) if settings.remote else None
+
+
+def share(tag: str, settings: Settings) -> None:
+    """Upload the version `tag` to the shared store, if there is one that lacks it. Raises `StoreError`."""
+    name, version = tag.split(":")
+    folder = bentoml_home() / "models" / name / version
+    if not settings.remote or not folder.exists():
+        return
+    remote = Remote(settings.remote)
+    if version not in remote.signatures(f"models/{name}", "facts.json"):
+        remote.put(folder, f"models/{name}/{version}", last="facts.json")
+
+# %% ../../nbs/model/store.ipynb #761ef259
+def fetch(tag: str, folder: Path) -> None:
+    """Bring the version `tag` from the shared store to `folder`. `NotFoundError` if it is not there."""
+    remote, (name, version) = shared_store(), tag.split(":")
+    with staging_folder(bentoml_home() / "tmp") as scratch:
+        made = scratch / version
+        if remote is not None:
+            remote.get(f"models/{name}/{version}", made)
+        if not (made / "facts.json").exists():
+            raise NotFoundError(f"The model {tag} is neither in {folder} nor in the shared store.")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):  # another process was faster
+            made.rename(folder)
+        if not (folder.parent / "latest").exists():
+            (folder.parent / "latest").write_text(version, encoding="utf-8")
+
 # %% ../../nbs/model/store.ipynb #50649003
 @dataclass(frozen=True)
 class Version:
@@ -105,7 +145,7 @@ class Version:
         return self.tag.split(":")[1]
 
     def file(self, name: str) -> Path:
-        """The path of one of its files. Those of a version that only the shared store has are fetched first."""
+        """The path of one of its files. A version that only the shared store has is fetched first."""
         if not self.folder.exists():
             fetch(self.tag, self.folder)
         return self.folder / name
@@ -186,6 +226,38 @@ class Model(Version):
         """The facts of a listing, as JSON values."""
         facts = {"name": self.name, "version": self.version, "created": self.facts["created"]}
         return {"tag": self.tag, **facts, "run": self.run, "format": "skops", "compiled": "no"}
+
+# %% ../../nbs/model/store.ipynb #23fae384
+def _facts_of(names: Iterable[str], remote: Remote, settings: Settings) -> dict[str, dict[str, Any]]:
+    """The facts of versions in the shared store, by `name/version`; those that were read before from here."""
+    kept = {name: settings.store / "shared" / f"{name}.json" for name in names}
+    missing = [name for name, path in kept.items() if not path.exists()]
+    for file, content in remote.read(f"models/{name}/facts.json" for name in missing).items():
+        path = kept[file.removeprefix("models/").removesuffix("/facts.json")]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content)
+    return {name: read_json(path) for name, path in kept.items() if path.exists()}
+
+
+def shared_models(name: str | None, known: Collection[str]) -> list[Model]:
+    """The versions that only the shared store has: not those whose tags are `known`."""
+    settings = load_settings(required=False)
+    if not settings.remote:
+        return []
+    remote, home = Remote(settings.remote), bentoml_home() / "models"
+    try:
+        top = f"models/{name}" if name else "models"
+        files = [f"{name}/{file}" if name else file for file in remote.names(top)]
+        places = [file.removesuffix("/facts.json") for file in files if file.endswith("/facts.json")]
+        wanted = [place for place in places if place.count("/") == 1 and place.replace("/", ":") not in known]
+        facts = _facts_of(wanted, remote, settings)
+    except StoreError as error:
+        LOGGER.warning("nbprod: only the models that are here are listed. %s", error)
+        return []
+    found = [Model(place.replace("/", ":"), home / place) for place in facts]
+    for model, value in zip(found, facts.values(), strict=True):
+        model.__dict__["facts"] = value  # what the property would read from a file that is not here
+    return found
 
 # %% ../../nbs/model/store.ipynb #533d4258
 def models(name: str | None = None) -> list[Model]:
