@@ -563,9 +563,13 @@ def compare_command(arguments: argparse.Namespace) -> None:
 @verb(takes("--rebuild", action="store_true", help="read every notebook again"), JSON)
 def index_command(arguments: argparse.Namespace) -> None:
     """The cache of the runs' records, brought up to date."""
+    from nbprod import join_rooms
     from nbprod.experiment.index import rebuild, refresh
+    from nbprod.experiment.sharing import publish_missing
     from nbprod.settings import load_settings
 
+    join_rooms()
+    publish_missing(load_settings())
     count = (rebuild if arguments.rebuild else refresh)(load_settings())
     print_json({"runs": count}) if arguments.json else print(f"{count} runs in the index")
 

@@ -31,6 +31,7 @@ from .parameters import injected_cell, notebook_parameters, secret_variables
 from .progress import Listener, cell_progress
 from .recording import METADATA_KEY, NOTEBOOK_NAME, read_record, unwritable, write_notebook
 from .runs import INTERRUPTED, STAGED, Run, close_record, run_from_record
+from .sharing import publish
 from .supervision import CANCELLED, Worker, close, follow, start_worker
 from .values import plain
 from ..files import hold
@@ -383,7 +384,7 @@ def execute(
     `timeout` is in seconds, for each of up to `retries` + 1 attempts; with `stream`, outputs are events too.
     `threads` is how many threads a numeric library may use in it; setting `cancelled` stops it; `warm` are
     kernels that it may use, or the reason why there are none; `errand` is that of another machine. Raises
-    `RunError` if the record cannot be written or a listener fails.
+    `RunError` if the record cannot be written, a listener fails, or the run cannot be shared.
     """
     folder = errand.folder if errand else make_folder(source.settings, datetime.now(UTC))
     cancelled = cancelled or threading.Event()
@@ -401,8 +402,11 @@ def execute(
                 break
             with storing(path):
                 attempts = set_aside(run)
-        if run.status == "succeeded" and errand is None:
+        if errand is not None:
+            return run
+        if run.status == "succeeded":
             announce(run, source.settings)
+        publish(run, source.settings)
         return run
     finally:
         if not path.exists():  # it could not even be begun

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['MIME', 'METADATA_KEY', 'NOTEBOOK_NAME', 'emit', 'html_table', 'log_metrics', 'log_data', 'Record', 'collect',
-           'RunContext', 'current_run', 'write_notebook', 'unwritable', 'read_record']
+           'RunContext', 'current_run', 'write_notebook', 'unwritable', 'record_in', 'read_record']
 
 # %% ../../nbs/experiment/recording.ipynb #4a9a6176
 MIME = "application/vnd.nbprod.record+json"
@@ -156,10 +156,18 @@ def unwritable(path: Path, error: OSError) -> str:
     return f"The store cannot be written: {path}: {reason}. Make room, or set another `store`."
 
 # %% ../../nbs/experiment/recording.ipynb #cce45a12
+def record_in(content: bytes) -> dict[str, Any] | None:
+    """The record in a notebook's bytes; None if they are torn or no run's notebook."""
+    try:
+        record = json.loads(content)["metadata"][METADATA_KEY]
+        return record if isinstance(record["run"], str) and isinstance(record["status"], str) else None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
 def read_record(path: Path) -> dict[str, Any] | None:
     """The record in the notebook at `path`; None if the file is missing, torn or no run's notebook."""
     try:
-        record = json.loads(path.read_bytes())["metadata"][METADATA_KEY]
-        return record if isinstance(record["run"], str) and isinstance(record["status"], str) else None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return record_in(path.read_bytes())
+    except OSError:
         return None
