@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ folder = Path(os.environ["NBPROD_RUN"])
 (folder / "mine").write_text(str(count))
 print("attempt", count, flush=True)
 """
+
+
+# The process that executes the run says its number in the record; a forked kernel is no child of it.
+KILL_WORKER = "import json; run = open(os.environ['NBPROD_RUN'] + '/notebook.ipynb'); "
+KILL_WORKER += "os.kill(json.load(run)['metadata']['nbprod']['pid'], signal.SIGKILL)"
 
 
 def flaky(project: Path, ending: str, attempts: int = 1) -> Path:
@@ -76,7 +82,7 @@ def test_attempts_on_the_command_line(project: Path, capsys: pytest.CaptureFixtu
     assert told["status"] == "succeeded" and [each["status"] for each in told["attempts"]] == ["failed"]
     assert main(["show", told["id"]]) == 0
     shown = capsys.readouterr().out
-    assert "attempt 1 failed after" in shown and shown.endswith("s: OSError: the database\n")
+    assert re.search(r"^attempt 1 failed after [\d.]+ s: OSError: the database$", shown, re.MULTILINE)
     assert main(["run", str(notebook), "--retries", "-1"]) == 2
     assert "retries must be a whole number of at least 0" in capsys.readouterr().err
 
@@ -94,7 +100,7 @@ def test_the_last_attempt_is_the_error(project: Path) -> None:
     ("ending", "status", "said"),
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", "failed", "The kernel died"),
-        ("os.kill(os.getppid(), signal.SIGKILL); time.sleep(600)", "interrupted", "was killed. (SIGKILL)"),
+        (f"{KILL_WORKER}; time.sleep(600)", "interrupted", "was killed. (SIGKILL)"),
         ("time.sleep(600)", "failed", "took longer than 15 s"),
     ],
 )
@@ -110,7 +116,7 @@ def test_what_is_killed_or_too_slow_is_retried(project: Path, ending: str, statu
 def test_warm_attempts(project: Path) -> None:
     """Where kernels are forked, each attempt has a fresh one."""
     source = open_source(flaky(project, "os.kill(os.getpid(), signal.SIGKILL)"))
-    with kernels_for(source, 2, None) as warm:
+    with kernels_for(source, {}) as warm:
         finished = execute(source, {}, retries=1, warm=warm)
     assert finished.status == "succeeded" and len(finished.attempts) == 1
     for folder in (finished.folder, finished.folder / "attempts" / "1"):
