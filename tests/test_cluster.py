@@ -75,11 +75,12 @@ class Cluster:
         worker.wait()
 
     def close(self) -> None:
-        processes = [*self.workers.values(), self.scheduler]
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait(timeout=30)
+        # The workers first: one that is told to end by its scheduler as well may never do it.
+        for processes in (self.workers.values(), [self.scheduler]):
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.wait(timeout=30)
 
 
 def distribution(folder: Path, name: str, version: str) -> Path:
