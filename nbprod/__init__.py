@@ -70,9 +70,11 @@ def join_rooms() -> None:
     global _joined
     if not _joined:
         from nbprod.experiment.execution import on_success
-        from nbprod.model.artifact import commit_staged
+        from nbprod.experiment.sharing import on_publish
+        from nbprod.model.artifact import commit_staged, publish_models
 
         on_success(commit_staged)
+        on_publish(publish_models)
         _joined = True
 
 # %% ../nbs/api.ipynb #521a67da

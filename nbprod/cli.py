@@ -280,15 +280,28 @@ def print_run(run: Any, as_json: bool) -> None:
         return
     for name in ("id", "status", "notebook", "path", "started", "seconds", "params", "metrics", "models"):
         print(f"{name:9} {shown(facts[name]) if name == 'path' else text(facts[name])}")
+    for number, attempt in enumerate(run.attempts, start=1):
+        error = str((attempt["error"] or {}).get("error")).partition("\n")[0]
+        print(f"attempt {number} {attempt['status']} after {text(attempt['seconds'])} s: {error}")
 
 
-@verb(NOTEBOOK, PARAMETER, FILE, takes("--timeout", type=float, help="seconds for the whole run"), JSON)
+@verb(
+    NOTEBOOK,
+    PARAMETER,
+    FILE,
+    takes("--timeout", type=float, help="seconds for the whole run, or each attempt of it"),
+    takes("--retries", type=int, default=0, metavar="N", help="execute again what fails, up to N times"),
+    takes("--stream", action="store_true", help="print what the cells print, as it comes"),
+    JSON,
+)
 def run_command(arguments: argparse.Namespace) -> None:
     """Execute a notebook; the executed notebook is the record."""
     import nbprod
 
     values = typed_values(arguments)
-    print_run(nbprod.run(arguments.notebook, values, timeout=arguments.timeout), arguments.json)
+    stream = sys.stderr if arguments.stream and arguments.json else arguments.stream
+    options = {"timeout": arguments.timeout, "retries": arguments.retries, "stream": stream}
+    print_run(nbprod.run(arguments.notebook, values, **options), arguments.json)
 
 # %% ../nbs/cli.ipynb #ad280856
 RUN_COLUMNS = ("id", "status", "notebook", "duration", "params", "metrics")
@@ -550,9 +563,13 @@ def compare_command(arguments: argparse.Namespace) -> None:
 @verb(takes("--rebuild", action="store_true", help="read every notebook again"), JSON)
 def index_command(arguments: argparse.Namespace) -> None:
     """The cache of the runs' records, brought up to date."""
+    from nbprod import join_rooms
     from nbprod.experiment.index import rebuild, refresh
+    from nbprod.experiment.sharing import publish_missing
     from nbprod.settings import load_settings
 
+    join_rooms()
+    publish_missing(load_settings())
     count = (rebuild if arguments.rebuild else refresh)(load_settings())
     print_json({"runs": count}) if arguments.json else print(f"{count} runs in the index")
 

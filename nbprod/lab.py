@@ -17,6 +17,7 @@ from typing import Any
 
 from .errors import NotFoundError
 from .model.store import Model
+from .release.journal import released_names
 from .release.ledger import aliases, resolve
 from .settings import Settings, load_settings
 
@@ -26,8 +27,9 @@ __all__ = ['INTERVAL', 'DASHBOARD', 'released_model', 'replayed_traffic', 'jupyt
 # %% ../nbs/lab.ipynb #e55c9d1e
 def released_model(settings: Settings) -> str:
     """`name@production` of the project's one model with that alias; `NotFoundError` if there is not one."""
-    names = sorted(path.stem for path in settings.releases.glob("*.jsonl"))
-    released = [f"{name}@production" for name in names if "production" in aliases(name, settings)]
+    released = [
+        f"{name}@production" for name in released_names(settings) if "production" in aliases(name, settings)
+    ]
     if len(released) == 1:
         return released[0]
     if released:

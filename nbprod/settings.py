@@ -52,8 +52,9 @@ DEFAULTS: dict[str, str] = {
 class Settings:
     """One project's settings. `root` and `store` are absolute; `library` is its exported package.
 
-    `index` is the SQLAlchemy URL of the index, empty for a SQLite file in the store. `executor` is `local` or
-    the address of a Dask scheduler.
+    `store` is where runs execute and are kept; `remote` the fsspec URL of the store that is shared with
+    others, empty where there is none. `index` is the SQLAlchemy URL of the index, empty for a SQLite file.
+    `executor` is `local` or the address of a Dask scheduler.
     """
 
     root: Path
@@ -61,7 +62,8 @@ class Settings:
     store: Path
     jobs: int
     max_body: int
-    index: str = field(default="", repr=False)  # a password may be in it
+    index: str = field(default="", repr=False)  # a password may be in it, and in the URL of the store
+    remote: str = field(default="", repr=False)
     executor: str = LOCAL
 
     @property
@@ -87,11 +89,20 @@ def _whole_number(name: str, value: str, origin: str) -> int:
     return int(value)
 
 
-def _store(root: Path, value: str, origin: str) -> Path:
-    """`value` as an absolute folder; URLs are refused until stores beyond the file system are supported."""
-    if "://" in value:
-        raise SettingsError(f"store = {value!r} ({origin}) must be a folder; URLs are not supported yet.")
-    return (root / Path(value).expanduser()).resolve()
+def _store(root: Path, value: str) -> Path:
+    """`value` as an absolute folder; for a URL the folder in the project where runs execute."""
+    folder = DEFAULTS["store"] if "://" in value else value
+    return (root / Path(folder).expanduser()).resolve()
+
+
+def _remote(value: str, origin: str) -> str:
+    """`value` if it is a URL, otherwise nothing. `SettingsError` for a secret in it that all could read."""
+    if "://" not in value:
+        return ""
+    if origin == "settings.ini" and ("@" in value or "?" in value):
+        message = "has a user or a query, which would be in git and in the records of runs"
+        raise SettingsError(f"store ({origin}) {message}. Give credentials in the environment.")
+    return value.rstrip("/")
 
 
 def _index(root: Path, value: str, origin: str) -> str:
@@ -154,7 +165,8 @@ def load_settings(
     return Settings(
         root=base,
         library=library,
-        store=_store(base, values["store"], origins.get("store", "default")),
+        store=_store(base, values["store"]),
+        remote=_remote(values["store"], origins.get("store", "default")),
         jobs=_whole_number("jobs", values["jobs"], origins.get("jobs", "default")),
         max_body=_whole_number("max_body", values["max_body"], origins.get("max_body", "default")),
         index=_index(base, values["index"], origins.get("index", "default")),

@@ -1,13 +1,16 @@
 """What the tests of runs share: small notebooks, a driver process, and waiting for a condition."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from nbprod.experiment.recording import METADATA_KEY, NOTEBOOK_NAME, read_record
 from nbprod.settings import load_settings
@@ -127,3 +130,20 @@ def alive(pid: int) -> bool:
     except (OSError, IndexError):
         return False
     return state != "Z"
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, *options: str) -> Iterator[None]:
+    """A small file system of its own on `folder`; skips where this process may not mount one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("there is no program `mount`")
+    if done.returncode != 0:
+        pytest.skip(f"a file system cannot be mounted here: {os.fsdecode(done.stderr).strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..errors import RunError
+from ..errors import RunError, SharingError
 from .changes import PATCH_NAME
 from .cluster_connection import PATIENCE, check_workers, connected
 from .cluster_watch import Watch
@@ -30,6 +30,7 @@ from .lineage import seed
 from .parameters import effective_values
 from .recording import NOTEBOOK_NAME, write_notebook
 from .runs import Run, read_run
+from .sharing import LOGGER, publish
 from .shipment import Job, Outcome, Shipment, land, make_shipment, sent
 from .supervision import CANCELLED, GRACE
 from ..files import hold
@@ -157,12 +158,15 @@ class ClusterExecutor:
                     raise
                 outcome = have_executed(job, self.watch)
             run = land(outcome, path)
-            if run.status != "succeeded":
-                return run
+            if run.status == "succeeded":
+                try:
+                    announce(run, self.settings)
+                except RunError:  # its record says so
+                    run = read_run(path) or run
             try:
-                announce(run, self.settings)
-            except RunError:  # its record says so
-                return read_run(path) or run
+                publish(run, self.settings)
+            except SharingError as error:
+                LOGGER.warning("nbprod: %s", error)
             return run
 
     def close(self) -> None:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
 
-from ..errors import RunError
+from ..errors import RunError, SharingError
 from .execution import Source, Trial, execute, kernels_for
 from .runs import Run, read_run
+from .sharing import LOGGER
 from ..settings import LOCAL
 
 # %% auto #0
@@ -73,9 +74,12 @@ def open_local(source: Source, terms: Terms, jobs: int, values: Mapping[str, Any
                 trial=Trial(terms.sweep, number, terms.plan),
                 threads=threads,
                 cancelled=terms.cancelled,
+                retries=terms.retries,
                 warm=warm,
             )
         except RunError as error:
+            if isinstance(error, SharingError):
+                LOGGER.warning("nbprod: %s", error)
             run = read_run(error.path) if error.path else None
             if run is None:
                 raise

@@ -26,6 +26,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from ..errors import NbprodError
 from .database import open_engine, reason_of, shown_url, transaction
 from .recording import NOTEBOOK_NAME, read_record
+from .sharing import read_shared, shared_signatures
 from ..files import hold
 from ..settings import Settings
 
@@ -282,20 +283,25 @@ BATCH = 500
 def records(settings: Settings) -> dict[str, dict[str, Any]]:
     """The record of every run in the store, by the name of its folder; the index is brought up to date.
 
-    Folders without a readable record are left out. `SettingsError` if the setting `index` is no URL that can
+    In a store that is shared with others, theirs are among them. Folders without a readable record are left
+    out. `SettingsError` if the setting `index` is no URL that can
     be used; an index that fails is reported and done without.
     """
-    if not settings.runs.is_dir():
+    if not settings.runs.is_dir() and not settings.remote:
         return {}
     engine = open_engine(settings)
     store = store_name(engine, settings.store)
     kept = stored(engine, store)
     usable, kept = kept is not None, kept or {}
-    now = signatures(settings.runs)
+    here, shared = signatures(settings.runs), shared_signatures(settings)
+    away = {run: each[0] for run, each in kept.items() if run not in here} if shared is None else shared
+    now = here | away
     found = {run: record for run, (signature, record) in kept.items() if now.get(run) == signature}
     changed = sorted(now.keys() - found.keys())
     for start in range(0, len(changed), BATCH):
-        read = _read(settings.runs, changed[start : start + BATCH])
+        batch = changed[start : start + BATCH]
+        read = _read(settings.runs, [run for run in batch if run in here])
+        read |= read_shared(settings, [run for run in batch if run not in here])
         found |= read
         ended = {run: (now[run], record) for run, record in read.items() if record["status"] != "running"}
         usable = usable and (not ended or keep(engine, store, ended))

@@ -142,7 +142,8 @@ def become_kernel(told: int, log: int, changed: Mapping[str, str]) -> socket.soc
     if not line:
         os._exit(0)
     task = json.loads(line)
-    silent, _ = os.pipe()
+    silent, ended = os.pipe()
+    os.close(ended)
     for descriptor, number in ((silent, 0), (log, 1), (log, 2)):
         os.dup2(descriptor, number)
         os.close(descriptor) if number != 1 else None

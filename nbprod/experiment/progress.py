@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
+
+from .streaming import Printer
 
 if TYPE_CHECKING:
     from nbprod.experiment.plans import Goal
@@ -43,12 +45,20 @@ Listener = Callable[[dict[str, Any]], object]
 
 
 @contextlib.contextmanager
-def cell_progress(label: str, progress: bool | None) -> Iterator[Listener]:
-    """A progress bar over the cells of a run; yields what it wants to hear the run's events with."""
-    with _bar(progress, desc=label, unit="cell") as bar:
+def cell_progress(label: str, progress: bool | None, stream: bool | TextIO = False) -> Iterator[Listener]:
+    """A progress bar over the cells of a run; yields what it wants to hear the run's events with.
+
+    With `stream`, outputs are printed: to standard output and error, or all to the file that it is.
+    """
+    printer = Printer(None if isinstance(stream, bool) else stream)
+    with _bar(False if stream and progress is None else progress, desc=label, unit="cell") as bar:
 
         def hear(event: dict[str, Any]) -> None:
-            if bar is not None and event["event"] == "cells":
+            if event["event"] == "output":
+                aside = bar.external_write_mode(printer.target(event["name"])) if bar is not None else None
+                with aside or contextlib.nullcontext():
+                    printer.hear(event)
+            elif bar is not None and event["event"] == "cells":
                 bar.reset(total=event["total"])
             elif bar is not None and event["event"] == "cell":
                 bar.update(event["done"] - bar.n)

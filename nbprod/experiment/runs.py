@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, overload
 from ..errors import NotFoundError, RunError, UsageError, did_you_mean
 from .query import parse_condition
 from .recording import METADATA_KEY, NOTEBOOK_NAME, read_record, write_notebook
+from .sharing import fetch_run, shared_signatures
 from ..files import is_held
 from ..settings import Settings, load_settings
 
@@ -47,6 +48,7 @@ class Run:
     `notebook` is the source, relative to the project; `path` the executed notebook. `params` are the
     effective values, `models` the tags of its models. `seconds` is None while it runs. `error` has `cell`
     (from 1, over all cells of the executed notebook; None if no cell is to blame), `line` and `error`.
+    `attempts` are the earlier ones that a retry replaced, each with `status`, `error`, `started`, `seconds`.
     """
 
     id: str
@@ -64,6 +66,7 @@ class Run:
     data: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
     lineage: dict[str, Any] = field(default_factory=dict, repr=False)
     cells: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    attempts: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
     @property
     def folder(self) -> Path:
@@ -378,10 +381,13 @@ def load_run(name: str, settings: Settings | None = None) -> Run:
     """
     settings = settings or load_settings()
     paths = {path.parent.name: path for path in _notebooks(settings)}
+    if name not in paths:
+        shared = shared_signatures(settings) or {}
+        paths = {other: settings.runs / other / NOTEBOOK_NAME for other in shared} | paths
     matches = [name] if name in paths else sorted(other for other in paths if name and other.startswith(name))
     if len(matches) > 1:
         raise NotFoundError(f"{len(matches)} runs begin with {name!r}, the last of them {matches[-1]}.")
-    run = read_run(paths[matches[0]]) if matches else None
+    run = read_run(paths[matches[0]]) if matches and fetch_run(matches[0], settings) else None
     if run is None:
         where = "has no readable record" if matches else f"is not in {settings.runs}"
         raise NotFoundError(f"Run {name!r} {where}.{did_you_mean(name, set(paths) - {name})}")
