@@ -400,6 +400,23 @@ def test_a_sweep_is_resumed_on_a_cluster(project: Path, cluster: Cluster) -> Non
     assert resumed.returncode == 0 and len(runs()) == 5
 
 
+def test_what_fails_is_executed_again_by_the_worker(project: Path, cluster: Cluster) -> None:
+    """Each attempt comes back in the folder of its run."""
+    cell = f"""
+from pathlib import Path
+mark = Path({str(project.parent)!r}) / f"tried {{seed}}"
+again = mark.exists()
+mark.touch()
+assert again or seed
+"""
+    source = open_source(write_notebook(project / "nbs" / "moody.ipynb", "seed = 0", cell))
+    with opened(cluster.address, source, retries=1) as executor:
+        moody, good = (each.result() for each in submit(executor, source, [{"seed": 0}, {"seed": 1}]))
+    assert (moody.status, good.status, good.attempts) == ("succeeded", "succeeded", [])
+    assert [attempt["status"] for attempt in moody.attempts] == ["failed"] and len(runs()) == 2
+    assert "AssertionError" in (moody.folder / "attempts" / "1" / "notebook.ipynb").read_text()
+
+
 def test_models_become_versions_here(project: Path, cluster: Cluster) -> None:
     """What a run on a worker stages arrives with it, and what follows a success happens at the driver."""
     cell = """
