@@ -207,6 +207,8 @@ class WarmKernels:
     @property
     def reason(self) -> str:
         """Why kernels are not forked; empty if they are. Waits until both servers are ready."""
+        if self._reason == "" and not self.alive:
+            return "the processes that it would be forked from have ended"
         with self._asked:
             if self._reason is None:
                 self._reason = ""
