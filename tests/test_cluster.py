@@ -75,11 +75,12 @@ class Cluster:
         worker.wait()
 
     def close(self) -> None:
-        processes = [*self.workers.values(), self.scheduler]
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait(timeout=30)
+        # The workers first: one that is told to end by its scheduler as well may never do it.
+        for processes in (self.workers.values(), [self.scheduler]):
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.wait(timeout=30)
 
 
 def distribution(folder: Path, name: str, version: str) -> Path:
@@ -397,6 +398,23 @@ def test_a_sweep_is_resumed_on_a_cluster(project: Path, cluster: Cluster) -> Non
     assert [run["params"]["seed"] for run in found] == [0, 1, 2]
     assert {run["status"] for run in found} == {"succeeded"}
     assert resumed.returncode == 0 and len(runs()) == 5
+
+
+def test_what_fails_is_executed_again_by_the_worker(project: Path, cluster: Cluster) -> None:
+    """Each attempt comes back in the folder of its run."""
+    cell = f"""
+from pathlib import Path
+mark = Path({str(project.parent)!r}) / f"tried {{seed}}"
+again = mark.exists()
+mark.touch()
+assert again or seed
+"""
+    source = open_source(write_notebook(project / "nbs" / "moody.ipynb", "seed = 0", cell))
+    with opened(cluster.address, source, retries=1) as executor:
+        moody, good = (each.result() for each in submit(executor, source, [{"seed": 0}, {"seed": 1}]))
+    assert (moody.status, good.status, good.attempts) == ("succeeded", "succeeded", [])
+    assert [attempt["status"] for attempt in moody.attempts] == ["failed"] and len(runs()) == 2
+    assert "AssertionError" in (moody.folder / "attempts" / "1" / "notebook.ipynb").read_text()
 
 
 def test_models_become_versions_here(project: Path, cluster: Cluster) -> None:

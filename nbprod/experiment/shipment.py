@@ -25,7 +25,7 @@ from .notebook import parse_notebook
 from .parameters import notebook_parameters
 from .recording import NOTEBOOK_NAME, read_record, write_notebook
 from .runs import Run, close_record, run_from_record
-from ..settings import Settings
+from ..settings import LOCAL, Settings
 
 # %% auto #0
 __all__ = ['files_in', 'pack', 'unpack', 'Member', 'sent', 'received', 'project_files', 'Shipment', 'versions_here',
@@ -88,7 +88,7 @@ def project_files(source: Source) -> dict[str, Path]:
     notebook = parse_notebook(source.content, source.path)
     modules = own_modules(notebook, source.path.parent, root, library)
     files = [root / name for name in ("settings.ini", *LOCKS)] + list(modules.values())
-    files += files_in(root / library).values() if library else []
+    files += [root / library / name for name in files_in(root / library)] if library else []
     inside = (path for path in files if path.is_file() and path.is_relative_to(root))
     return {path.relative_to(root).as_posix(): path for path in dict.fromkeys(inside)}
 
@@ -125,16 +125,16 @@ def versions_here(root: Path) -> dict[str, str]:
 
 def make_shipment(source: Source, scheduler: str, **how: Any) -> Shipment:
     """The shipment for the runs of a notebook. Raises `OSError` if the project's code cannot be read."""
-    files = project_files(source)
+    files, root = project_files(source), source.settings.root
     return Shipment(
         id=secrets.token_hex(8),
         scheduler=scheduler,
         path=source.path,
         content=source.content,
-        settings=source.settings,
+        settings=replace(source.settings, index="", remote="", executor=LOCAL),
         project=pack(files),
         hashes={name: file_sha256(path) for name, path in files.items()},
-        versions=versions_here(source.settings.root),
+        versions=versions_here(root),
         nbprod=version("nbprod"),
         **how,
     )
