@@ -203,6 +203,8 @@ def _unfinished(worker: Worker, log: Path) -> tuple[str, str]:
         return worker.reason["status"], worker.reason["error"]
     if code < 0:
         return "interrupted", f"{INTERRUPTED} ({signal.Signals(-code).name})"
+    if worker.failure is not None:
+        return "failed", worker.failure["error"]
     lines = log.read_text(errors="replace").split("\n") if log.exists() else []
     last = next((line.strip() for line in reversed(lines) if line.strip()), f"exit status {code}")
     return "failed", f"The process that executed it failed: {last}"

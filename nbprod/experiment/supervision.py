@@ -66,6 +66,9 @@ class Worker:
         self.kernel: int | None = None  # process that leads the kernel's group
         self.reason: dict[str, str] | None = None  # why it was asked to stop
         self.lasting = False  # whether its failure would only be met again
+        self.failure: dict[str, Any] | None = (
+            None  # what it said went wrong, also where it could not be saved
+        )
         self.deadline = float("inf")
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
@@ -129,6 +132,7 @@ def follow(worker: Worker, timeout: float | None, cancelled: threading.Event, on
                     return
                 worker.kernel = event.get("pid", worker.kernel)
                 worker.lasting = event.get("lasting", worker.lasting)
+                worker.failure = event.get("error", worker.failure)
                 on_event(event)
             now = time.monotonic()
             if now > worker.deadline:

@@ -129,9 +129,10 @@ def execute_sweep(
             limit = None if address == LOCAL else jobs  # the local one keeps to it by itself
             try:
                 run_trials(executor, search, missing, on_end, terms.cancelled, limit)
-            except BaseException:
-                text = "nbprod: sweep %s was interrupted; to go on with it: nbprod sweep %s --resume %s"
-                LOGGER.warning(text, terms.sweep, source.name, terms.sweep)
+            except BaseException as error:
+                if made or isinstance(error, KeyboardInterrupt):  # otherwise nothing was begun
+                    text = "nbprod: sweep %s was interrupted; to go on with it: nbprod sweep %s --resume %s"
+                    LOGGER.warning(text, terms.sweep, source.name, terms.sweep)
                 raise
     return SweepRuns((made[number] for number in sorted(made)), terms.sweep, goal)
 

@@ -29,7 +29,7 @@ from jupyter_client.manager import KernelManager
 from jupyter_core.utils import ensure_event_loop
 from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode, from_dict
-from nbformat.v4 import writes_json
+from nbformat.v4 import new_output, writes_json
 from nbformat.validator import get_validator
 from papermill import execute_notebook
 from papermill.clientwrap import PapermillNotebookClient
@@ -46,9 +46,9 @@ from .streaming import OutputStream
 from ..files import write_atomic
 
 # %% auto #0
-__all__ = ['PAUSE', 'PATIENCE', 'progress_entries', 'failed_line', 'cell_failure', 'NotSaved', 'other_failure', 'Stopped',
-           'Execution', 'RunManager', 'RunClient', 'RunEngine', 'end', 'execute', 'lines_of', 'listen', 'prepare',
-           'main']
+__all__ = ['PAUSE', 'PATIENCE', 'LOST', 'progress_entries', 'failed_line', 'cell_failure', 'NotSaved', 'other_failure', 'Stopped',
+           'Execution', 'RunManager', 'RunClient', 'RunEngine', 'save_what_fits', 'end', 'execute', 'lines_of',
+           'listen', 'prepare', 'main']
 
 # %% ../../nbs/experiment/worker.ipynb #708f9884
 def progress_entries(notebook: NotebookNode) -> dict[str, Any]:
@@ -270,6 +270,21 @@ class RunEngine(NBClientEngine):
 
 papermill_engines.register("nbprod-run", RunEngine)
 
+# %% ../../nbs/experiment/worker.ipynb #71c0de02
+LOST = "nbprod: there was no room to save this output.\n"
+
+
+def save_what_fits(execution: Execution, entries: Mapping[str, Any]) -> None:
+    """Save a notebook with these entries in its record and as many outputs as fit. `NotSaved` if none do."""
+    assert execution.notebook is not None
+    cells = [cell for cell in execution.notebook.cells if cell.get("outputs")]
+    for cell in sorted(cells, key=lambda cell: len(json.dumps(cell.outputs)), reverse=True):
+        cell.outputs = [new_output("stream", name="stderr", text=LOST)]
+        with contextlib.suppress(NotSaved):
+            execution.save(**entries)
+            return
+    execution.save(**entries)
+
 # %% ../../nbs/experiment/worker.ipynb #a00d1519
 def end(execution: Execution, failure: dict[str, Any] | None, lasting: bool = False) -> None:
     """Write and report the end of a run: stopped, failed with `failure`, or succeeded.
@@ -290,10 +305,13 @@ def end(execution: Execution, failure: dict[str, Any] | None, lasting: bool = Fa
             "error": failure,
             "models": models if status == "succeeded" else [],
         }
+        outcome |= {"ended": now.isoformat(), "seconds": (now - started).total_seconds()}
         try:
-            execution.save(**outcome, ended=now.isoformat(), seconds=(now - started).total_seconds())
+            execution.save(**outcome)
         except NotSaved as error:
             status, failure, lasting = "failed", other_failure(error, None), True
+            with contextlib.suppress(NotSaved):
+                save_what_fits(execution, outcome | {"status": status, "error": failure, "models": []})
     execution.report({"event": "end", "status": status, "error": failure, "lasting": lasting})
 
 # %% ../../nbs/experiment/worker.ipynb #dbc9c459
