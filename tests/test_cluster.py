@@ -436,7 +436,8 @@ source = open_source({str(source.path)!r})
 how = {{"sweep": "s1", "sweep_plan": {{}}, "cancelled": threading.Event()}}
 with open_cluster({cluster.address!r}, source, **how) as executor:
     run = executor.submit({{"seed": 1}}, 0).result()
-print(run.status, run.model, [model.tag for model in nbprod.models()], nbprod.load_model(run.model).run)
+found = [model.tag for model in nbprod.models("constant")]
+print(run.status, run.model, found, nbprod.load_model(run.model).run)
 """
     output, errors = start_driver(code, project).communicate()
     [run] = runs()

@@ -308,6 +308,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @OFTEN
 @given(pair=ANY)
+@example(pair=("dict[date, Path | None]", {date(2000, 1, 1): Path("NONE")}))
 def test_any_value_arrives_from_yaml(pair: tuple[str, Any], file: Path) -> None:
     source, value = pair
     file.write_text(yaml.safe_dump({"x": as_yaml(value)}, sort_keys=False), encoding="utf-8")

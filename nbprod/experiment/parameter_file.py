@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 from ..errors import ParameterError
 from .parameters import Parameter, check_value, known_parameter
 from .search_space import Range, Space, read_range
-from .values import read_text
+from .values import adapt, fits, read_text
 
 if TYPE_CHECKING:
     from yaml import Node, SafeLoader, ScalarNode
@@ -27,12 +27,17 @@ NULL = "tag:yaml.org,2002:null"
 
 def _scalar(loader: SafeLoader, node: ScalarNode, python_type: Any) -> Any:
     """The value that a scalar says, by `python_type` unless it is quoted."""
+    written = loader.construct_object(node, deep=True)
     if node.style is not None or python_type in {None, Any} or (node.tag == NULL and node.value in {"", "~"}):
-        return loader.construct_object(node, deep=True)
+        return written
     try:
-        return read_text(node.value, python_type)
+        value = read_text(node.value, python_type)
     except (ValueError, KeyError, TypeError):
-        return loader.construct_object(node, deep=True)
+        return written
+    if value is None and isinstance(written, str):  # YAML's null is written otherwise, so this may be a text
+        text = adapt(written, python_type)
+        return text if fits(text, python_type) else None
+    return value
 
 # %% ../../nbs/experiment/parameter_file.ipynb #53823b87
 def _inside(python_type: Any, container: type) -> tuple[Any, ...]:
