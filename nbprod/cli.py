@@ -584,9 +584,10 @@ def models_command(arguments: argparse.Namespace) -> None:
 
     settings = load_settings(required=False)
     recover(settings)
-    rows = []
-    for model in models(arguments.name):
-        standing = [alias for alias, tag in aliases(model.name, settings).items() if tag == model.tag]
+    rows, found = [], models(arguments.name)
+    moved = {name: aliases(name, settings) for name in {model.name for model in found}}
+    for model in found:
+        standing = [alias for alias, tag in moved[model.name].items() if tag == model.tag]
         rows.append(model.as_dict() | {"aliases": standing, "metrics": model.facts.get("metrics", {})})
     print_json(rows) if arguments.json else print_table(rows, ["tag", "created", "aliases", "run", "metrics"])
 

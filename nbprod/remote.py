@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import shutil
 import tempfile
@@ -31,19 +32,27 @@ def public_url(url: str) -> str:
 EXTRAS = {"s3": "s3", "s3a": "s3"}  # the extra of nbprod that brings what reaches these protocols
 
 
+def _reason(error: Exception, url: str) -> str:
+    """What `error` means for the store, and what to do."""
+    kind = type(error).__name__
+    words = " ".join(str(error).split()).rstrip(".")[:200] if public_url(url) == url else kind
+    if isinstance(error, FileNotFoundError) and error.filename is None:
+        return f"does not exist ({words}). Make it, or correct the setting `store`."
+    if isinstance(error, PermissionError) or "Credentials" in kind or "Token" in kind:
+        hint = "Credentials come from the environment, as fsspec takes them; for S3 from AWS_ACCESS_KEY_ID "
+        return f"refuses access ({words or kind}). {hint}and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
+    return f"cannot be used now ({words or kind}). Check network and endpoint, and repeat the command."
+
+
 @contextlib.contextmanager
 def reaching(url: str) -> Iterator[None]:
-    """Turn whatever fsspec raises into a `StoreError` that names the store and the reason."""
+    """Turn whatever fsspec raises into a `StoreError` that names the store, the reason and what to do."""
     try:
         yield
     except (StoreError, SettingsError, FileExistsError):
         raise
-    except Exception as error:
-        reason = " ".join(str(error).split()).replace(url, public_url(url))[:200]
-        raise StoreError(
-            f"The store {public_url(url)} cannot be used: {type(error).__name__}: {reason}. "
-            "Check that it exists, the credentials in the environment, and the network."
-        ) from error
+    except Exception as error:  # the drivers' errors have no common root
+        raise StoreError(f"The store {public_url(url)} {_reason(error, url)}") from error
 
 # %% ../nbs/remote.ipynb #b843a55a
 def open_filesystem(url: str) -> tuple[Any, str]:
@@ -70,6 +79,23 @@ def signature(facts: Mapping[str, Any]) -> str:
     """A short text that changes with a file, from what fsspec tells of it in a listing."""
     mark = next((facts[name] for name in MARKS if facts.get(name) is not None), "")
     return f"{str(mark).strip(chr(34))}-{facts.get('size')}"
+
+# %% ../nbs/remote.ipynb #7e30a002
+def _is_ours_alone(name: str) -> bool:
+    """Whether a file is a mark of this machine, or one that is still being written."""
+    last = name.rpartition("/")[2]
+    return last.startswith(".") or last.endswith(".tmp")
+
+# %% ../nbs/remote.ipynb #7e30a005
+def _create_file(path: Path, content: bytes) -> None:
+    """Write a local file that is not there yet, whole or not at all; `FileExistsError` if it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary.write_bytes(content)
+    try:
+        os.link(temporary, path)
+    finally:
+        temporary.unlink()
 
 # %% ../nbs/remote.ipynb #5a4ac3c3
 OBJECTS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"}
@@ -121,7 +147,10 @@ class Remote:
         if not paths:
             return {}
         with reaching(self.url):
-            found = filesystem.cat([self._path(name) for name in paths.values()], on_error="return")
+            # s3fs would ask for the size of each file first, to read large ones in parts
+            options = {"max_concurrency": 1} if self._protocols & {"s3", "s3a"} else {}
+            wanted = [self._path(name) for name in paths.values()]
+            found = filesystem.cat(wanted, on_error="return", **options)
             for content in found.values():
                 if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
                     raise content
@@ -132,58 +161,59 @@ class Remote:
         """Write a file that is not there yet; `FileExistsError` if it is."""
         filesystem, _ = self._opened
         with reaching(self.url):
-            self._make_folder(self._path(name))
-            try:
+            if self._protocols & {"file", "local"}:
+                _create_file(Path(self._path(name)), content)
+            else:
                 filesystem.pipe_file(self._path(name), content, mode="create")
-            except FileExistsError:
-                raise
-            except Exception as error:
-                if "PreconditionFailed" in repr(error) or "412" in str(error):
-                    raise FileExistsError(name) from error
-                raise
 
     @property
-    def _is_object_store(self) -> bool:
+    def _protocols(self) -> set[str]:
         protocol = self._opened[0].protocol
-        return bool(OBJECTS & ({protocol} if isinstance(protocol, str) else set(protocol)))
+        return {protocol} if isinstance(protocol, str) else set(protocol)
 
-    def _make_folder(self, path: str) -> None:
-        if not self._is_object_store:  # there it would at most make a bucket of a misspelled name
-            self._opened[0].makedirs(path.rpartition("/")[0], exist_ok=True)
-
-    def _put_file(self, file: Path, name: str) -> None:
-        filesystem, target = self._opened[0], self._path(name)
-        self._make_folder(target)
-        if self._is_object_store:
-            filesystem.put_file(str(file), target)
+    def _put_files(self, files: Mapping[str, Path]) -> None:
+        """Upload files to paths of the file system, each whole or not at all."""
+        filesystem = self._opened[0]
+        if self._protocols & OBJECTS:
+            if files:
+                filesystem.put([str(path) for path in files.values()], list(files))
             return
-        temporary = f"{target}.{secrets.token_hex(4)}.tmp"
-        filesystem.put_file(str(file), temporary)
-        filesystem.mv(temporary, target)
+        for target, path in files.items():
+            filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+            temporary = f"{target}.{secrets.token_hex(4)}.tmp"
+            filesystem.put_file(str(path), temporary)
+            filesystem.mv(temporary, target)
 
     def put(self, folder: Path, name: str, last: str) -> None:
-        """Upload the files in the local `folder` as the folder `name`, the one called `last` at the end."""
-        files = [
-            path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.endswith(".tmp")
+        """Upload the files in the local `folder` as the folder `name`, the one called `last` at the end.
+
+        Files whose names begin with a dot or end with .tmp are left out.
+        """
+        found = [
+            path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_ours_alone(path.name)
         ]
-        ordered = sorted(files, key=lambda path: path == folder / last)
+        targets = {self._path(f"{name}/{path.relative_to(folder).as_posix()}"): path for path in found}
+        end = self._path(f"{name}/{last}")
         with reaching(self.url):
-            for path in ordered:
-                self._put_file(path, f"{name}/{path.relative_to(folder).as_posix()}")
+            self._put_files({target: path for target, path in targets.items() if target != end})
+            self._put_files({end: targets[end]})
 
     def get(self, name: str, target: Path) -> None:
         """Download the folder `name` as the local folder `target`, whole or not at all."""
-        filesystem, _ = self._opened
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".fetched-", dir=target.parent))
         try:
-            for inner in self.names(name):
-                if not inner.endswith(".tmp"):
-                    (scratch / inner).parent.mkdir(parents=True, exist_ok=True)
-                    with reaching(self.url):
-                        filesystem.get_file(self._path(f"{name}/{inner}"), str(scratch / inner))
-            with contextlib.suppress(FileExistsError, OSError):  # another process was faster
-                scratch.chmod(0o755)
+            files = {inner: scratch / inner for inner in self.names(name) if not _is_ours_alone(inner)}
+            for inner, path in files.items():
+                if not path.resolve().is_relative_to(scratch.resolve()):
+                    raise StoreError(f"The store {self} has a file with a forbidden name: {name}/{inner}.")
+                path.parent.mkdir(parents=True, exist_ok=True)
+            if files:
+                sources = [self._path(f"{name}/{inner}") for inner in files]
+                with reaching(self.url):
+                    self._opened[0].get(sources, [str(path) for path in files.values()])
+            scratch.chmod(0o755)
+            with contextlib.suppress(OSError):  # another process was faster
                 scratch.rename(target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)

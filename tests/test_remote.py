@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import boto3
 import pytest
+from moto.server import ThreadedMotoServer
 from running import start_driver, wait_for, write_notebook
+from s3fs import S3FileSystem
 
 from nbprod import join_rooms
-from nbprod.errors import RunError, SettingsError
+from nbprod.errors import CellError, ModelError, RunError, SettingsError, StoreError
 from nbprod.experiment import index as index_module
 from nbprod.experiment.execution import run
 from nbprod.experiment.index import rebuild, records
@@ -21,7 +24,7 @@ from nbprod.experiment.sweeps import sweep
 from nbprod.model.reproduce import reproduce
 from nbprod.model.store import models
 from nbprod.release.ledger import load_model, promote, releases, rollback
-from nbprod.remote import Remote
+from nbprod.remote import Remote, open_filesystem
 from nbprod.settings import load_settings
 
 SECRET = "never-to-be-written-down"
@@ -37,10 +40,6 @@ nbprod.log_model(model, "air_time", inputs)"""
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """An S3 server on this machine with the bucket `team`, and the credentials for it; call it to end it."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-    from s3fs import S3FileSystem
-
     S3FileSystem.clear_instance_cache()  # which know the server of the test before
     served = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     served.start()
@@ -189,7 +188,7 @@ def test_what_was_not_shared_is_shared_later(
     ada = machine("ada")
     with monkeypatch.context() as patch:
         patch.setenv("NBPROD_STORE", "s3://nobody/flights")
-        with pytest.raises(RunError, match="The specified bucket does not exist"):
+        with pytest.raises(RunError, match="s3://nobody/flights does not exist"):
             run("nbs/train.ipynb")
     made = runs()[0]
     assert shared_signatures(load_settings()) == {}
@@ -200,6 +199,71 @@ def test_what_was_not_shared_is_shared_later(
     assert [each.id for each in runs()] == [made.id]
     assert load_model("air_time:latest").tag == made.models[0]
     assert publish_missing(load_settings()) == 0
+
+
+@pytest.mark.usefixtures("server")
+def test_a_run_that_fails_is_shared_too(machine: Callable[..., Machine]) -> None:
+    ada = machine("ada")
+    write_notebook(ada.folder / "nbs" / "broken.ipynb", "seed = 0", "1 / 0")
+    with pytest.raises(CellError):
+        run("nbs/broken.ipynb")
+    machine("bob")
+    (found,) = runs()
+    assert found.status == "failed" and "ZeroDivisionError" in found.error["error"]
+
+
+@pytest.mark.usefixtures("server")
+def test_what_was_deleted_does_not_come_back(machine: Callable[..., Machine]) -> None:
+    ada = machine("ada")
+    made = run("nbs/train.ipynb")
+    machine("bob")
+    load_run(made.id)
+    filesystem, path = open_filesystem("s3://team/flights")
+    filesystem.rm(f"{path}/runs", recursive=True)
+    assert publish_missing(load_settings()) == 0 and [each.id for each in runs()] == [made.id]
+    ada.enter()
+    assert publish_missing(load_settings()) == 0 and shared_signatures(load_settings()) == {}
+
+
+@pytest.mark.usefixtures("server")
+def test_a_store_that_was_a_folder_before(
+    machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine("ada")
+    with monkeypatch.context() as patch:
+        patch.setenv("NBPROD_STORE", ".nbprod")
+        made = run("nbs/train.ipynb")
+    assert [each.id for each in runs()] == [made.id] and publish_missing(load_settings()) == 1
+    machine("bob")
+    assert [each.id for each in runs()] == [made.id] and load_model("air_time:latest").run == made.id
+
+
+@pytest.mark.usefixtures("server")
+@pytest.mark.parametrize("name", ["pipeline.skops", "library/extra.py"])
+def test_a_model_that_was_changed_is_refused(machine: Callable[..., Machine], name: str) -> None:
+    """Another file, or one more: neither is loaded, and nothing of it is left here."""
+    machine("ada")
+    tag = run("nbs/train.ipynb").models[0]
+    filesystem, path = open_filesystem("s3://team/flights")
+    filesystem.pipe_file(f"{path}/models/{tag.replace(':', '/')}/{name}", b"something else")
+    bob = machine("bob")
+    with pytest.raises(ModelError, match=f"is not what was published: {name}"):
+        load_model(tag).contract  # noqa: B018 - its files are fetched when they are asked for
+    assert not (bob.folder.parent / "bentoml" / "models" / "air_time" / tag.split(":")[1]).exists()
+
+
+@pytest.mark.usefixtures("server")
+def test_no_credentials(
+    machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    machine("ada")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    S3FileSystem.clear_instance_cache()
+    with pytest.raises(StoreError, match=r"refuses access .* AWS_ACCESS_KEY_ID"):
+        Remote("s3://team/flights").names("runs")
 
 
 @pytest.mark.usefixtures("server")

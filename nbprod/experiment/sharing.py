@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SharingError, StoreError
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from nbprod.experiment.runs import Run
 
 # %% auto #0
-__all__ = ['LOGGER', 'remote_of', 'shared_signatures', 'read_shared', 'on_publish', 'publish', 'publish_missing', 'fetch_run']
+__all__ = ['LOGGER', 'PUBLISHED', 'remote_of', 'shared_signatures', 'read_shared', 'on_publish', 'is_published', 'publish',
+           'publish_missing', 'fetch_run']
 
 # %% ../../nbs/experiment/sharing.ipynb #fb1ceae3
 LOGGER = logging.getLogger("nbprod")
@@ -52,6 +54,7 @@ def read_shared(settings: Settings, runs: Collection[str]) -> dict[str, dict[str
     return {run: record for run, record in records.items() if record is not None}
 
 # %% ../../nbs/experiment/sharing.ipynb #d6e0b003
+PUBLISHED = ".published"
 _PUBLISHERS: list[Callable[[Run, Settings], None]] = []
 
 
@@ -59,6 +62,14 @@ def on_publish(publisher: Callable[[Run, Settings], None]) -> None:
     """Have `publisher` called with each run, and the project's settings, before the run is published."""
     if publisher not in _PUBLISHERS:
         _PUBLISHERS.append(publisher)
+
+
+def is_published(folder: Path, remote: Remote) -> bool:
+    """Whether the run in `folder` was copied to that store or from it: what is deleted there stays so."""
+    try:
+        return (folder / PUBLISHED).read_text(encoding="utf-8") == str(remote)
+    except OSError:
+        return False
 
 
 def publish(run: Run, settings: Settings) -> None:
@@ -70,6 +81,7 @@ def publish(run: Run, settings: Settings) -> None:
         for publisher in _PUBLISHERS:
             publisher(run, settings)
         remote.put(run.folder, f"runs/{run.id}", last=NOTEBOOK_NAME)
+        (run.folder / PUBLISHED).write_text(str(remote), encoding="utf-8")
     except StoreError as error:
         raise SharingError(
             f"Run {run.id} has {run.status}, but is not shared: {error} "
@@ -82,12 +94,12 @@ def publish_missing(settings: Settings) -> int:
     """Upload the ended runs of this folder that the shared store lacks; how many there were."""
     from nbprod.experiment.runs import read_run
 
-    shared = shared_signatures(settings) if settings.remote and settings.runs.is_dir() else None
-    if shared is None:
+    remote = remote_of(settings)
+    if remote is None or not settings.runs.is_dir():
         return 0
     published = 0
     for folder in sorted(settings.runs.iterdir()):
-        if folder.name in shared or not (folder / NOTEBOOK_NAME).is_file() or is_held(folder):
+        if is_published(folder, remote) or not (folder / NOTEBOOK_NAME).is_file() or is_held(folder):
             continue
         run = read_run(folder / NOTEBOOK_NAME)
         if run is not None and run.status != "running":
@@ -101,4 +113,6 @@ def fetch_run(name: str, settings: Settings) -> bool:
     remote, folder = remote_of(settings), settings.runs / name
     if not (folder / NOTEBOOK_NAME).is_file() and remote is not None:
         remote.get(f"runs/{name}", folder)
+        if folder.is_dir():
+            (folder / PUBLISHED).write_text(str(remote), encoding="utf-8")
     return (folder / NOTEBOOK_NAME).is_file()

@@ -18,7 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import NotFoundError, StoreError, did_you_mean
+from ..errors import ModelError, NotFoundError, StoreError, did_you_mean
+from ..experiment.fingerprints import file_facts
 from ..files import write_atomic
 from .baseline import Baseline
 from .contract import Contract
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['LOGGER', 'staging_folder', 'commit', 'make_importable', 'read_json', 'shared_store', 'share', 'fetch', 'Version',
-           'Model', 'shared_models', 'models', 'load']
+__all__ = ['LOGGER', 'MANIFEST', 'staging_folder', 'commit', 'make_importable', 'read_json', 'shared_store', 'hashes_of', 'share',
+           'fetch', 'Version', 'Model', 'shared_models', 'models', 'load']
 
 # %% ../../nbs/model/store.ipynb #3a0e1dde
 @contextmanager
@@ -97,26 +98,47 @@ def shared_store() -> Remote | None:
     return Remote(settings.remote) if settings.remote else None
 
 
+MANIFEST = "manifest.json"
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file below `folder`, by its path; not of hidden ones."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return {path.relative_to(folder).as_posix(): file_facts(path)["sha256"] for path in files}
+
+
 def share(tag: str, settings: Settings) -> None:
     """Upload the version `tag` to the shared store, if there is one that lacks it. Raises `StoreError`."""
     name, version = tag.split(":")
     folder = bentoml_home() / "models" / name / version
     if not settings.remote or not folder.exists():
         return
-    remote = Remote(settings.remote)
-    if version not in remote.signatures(f"models/{name}", "facts.json"):
-        remote.put(folder, f"models/{name}/{version}", last="facts.json")
+    remote, place = Remote(settings.remote), f"models/{name}/{version}"
+    if version not in remote.signatures(f"models/{name}", MANIFEST):
+        remote.put(folder, place, last="facts.json")
+        with suppress(FileExistsError):  # another process was faster
+            remote.create(f"{place}/{MANIFEST}", json.dumps(hashes_of(folder)).encode())
 
 # %% ../../nbs/model/store.ipynb #761ef259
 def fetch(tag: str, folder: Path) -> None:
-    """Bring the version `tag` from the shared store to `folder`. `NotFoundError` if it is not there."""
+    """Bring the version `tag` from the shared store to `folder`.
+
+    Raises `NotFoundError` if it is not there, `ModelError` if its files are not those that were published.
+    """
     remote, (name, version) = shared_store(), tag.split(":")
     with staging_folder(bentoml_home() / "tmp") as scratch:
         made = scratch / version
         if remote is not None:
             remote.get(f"models/{name}/{version}", made)
-        if not (made / "facts.json").exists():
+        if not (made / MANIFEST).exists():
             raise NotFoundError(f"The model {tag} is neither in {folder} nor in the shared store.")
+        expected = read_json(made / MANIFEST)
+        (made / MANIFEST).unlink()
+        found = hashes_of(made)
+        wrong = [each for each in {**expected, **found} if expected.get(each) != found.get(each)]
+        if wrong:
+            names = ", ".join(sorted(wrong)[:5])
+            raise ModelError(f"{tag} in {remote} is not what was published: {names}. It was not loaded.")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with suppress(OSError):  # another process was faster
             made.rename(folder)
@@ -248,7 +270,7 @@ def shared_models(name: str | None, known: Collection[str]) -> list[Model]:
     try:
         top = f"models/{name}" if name else "models"
         files = [f"{name}/{file}" if name else file for file in remote.names(top)]
-        places = [file.removesuffix("/facts.json") for file in files if file.endswith("/facts.json")]
+        places = [file.removesuffix(f"/{MANIFEST}") for file in files if file.endswith(f"/{MANIFEST}")]
         wanted = [place for place in places if place.count("/") == 1 and place.replace("/", ":") not in known]
         facts = _facts_of(wanted, remote, settings)
     except StoreError as error:
