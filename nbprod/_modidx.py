@@ -341,8 +341,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'nbprod/experiment/fingerprints.py'),
                                                 'nbprod.experiment.fingerprints.fingerprint': ( 'experiment/fingerprints.html#fingerprint',
                                                                                                 'nbprod/experiment/fingerprints.py'),
-                                                'nbprod.experiment.fingerprints.public_url': ( 'experiment/fingerprints.html#public_url',
-                                                                                               'nbprod/experiment/fingerprints.py'),
                                                 'nbprod.experiment.fingerprints.table_fingerprint': ( 'experiment/fingerprints.html#table_fingerprint',
                                                                                                       'nbprod/experiment/fingerprints.py'),
                                                 'nbprod.experiment.fingerprints.url_facts': ( 'experiment/fingerprints.html#url_facts',

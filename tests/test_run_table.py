@@ -10,20 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import CHROMIUM
 from running import make, wait_for, write_notebook
 
 from nbprod.lab import jupyter_command
 from nbprod.settings import load_settings
 
-CHROMIUM = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 LAB = "window.jupyterapp"
 NOTEBOOK = "nbs/look.ipynb"
 
