@@ -20,7 +20,8 @@ from urllib.parse import urlsplit, urlunsplit
 from .errors import SettingsError, StoreError
 
 # %% auto #0
-__all__ = ['EXTRAS', 'MARKS', 'OBJECTS', 'public_url', 'reaching', 'open_filesystem', 'signature', 'Remote']
+__all__ = ['EXTRAS', 'MARKS', 'OBJECTS', 'public_url', 'reaching', 'open_filesystem', 'signature', 'Remote', 'put_folder',
+           'list_files', 'marked', 'read_files', 'get_folder', 'create_file']
 
 # %% ../nbs/remote.ipynb #6ae47da4
 def public_url(url: str) -> str:
@@ -86,8 +87,120 @@ def _is_ours_alone(name: str) -> bool:
     last = name.rpartition("/")[2]
     return last.startswith(".") or last.endswith(".tmp")
 
-# %% ../nbs/remote.ipynb #7e30a005
-def _create_file(path: Path, content: bytes) -> None:
+# %% ../nbs/remote.ipynb #e3dd06db
+@dataclass(frozen=True)
+class Remote:
+    """A folder at an fsspec URL."""
+
+    url: str
+
+    def __str__(self) -> str:
+        return public_url(self.url)
+
+    @cached_property
+    def opened(self) -> tuple[Any, str]:
+        """fsspec's file system, and the path of the folder on it."""
+        return open_filesystem(self.url)
+
+    @property
+    def protocols(self) -> set[str]:
+        """The names of the file system's protocol."""
+        protocol = self.opened[0].protocol
+        return {protocol} if isinstance(protocol, str) else set(protocol)
+
+    def path(self, name: str) -> str:
+        """The path on the file system of what is called `name` in the folder."""
+        return f"{self.opened[1]}/{name}"
+
+# %% ../nbs/remote.ipynb #45becade
+OBJECTS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"}
+
+
+def _put_files(remote: Remote, files: Mapping[str, Path]) -> None:
+    """Upload files to paths of the file system, each whole or not at all."""
+    filesystem, _ = remote.opened
+    if remote.protocols & OBJECTS:
+        if files:
+            filesystem.put([str(path) for path in files.values()], list(files))
+        return
+    for target, path in files.items():
+        filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+        temporary = f"{target}.{secrets.token_hex(4)}.tmp"
+        filesystem.put_file(str(path), temporary)
+        filesystem.mv(temporary, target)
+
+
+def put_folder(remote: Remote, folder: Path, name: str, last: str) -> None:
+    """Upload the files in the local `folder` as the folder `name`, the one called `last` at the end.
+
+    Files whose names begin with a dot or end with .tmp are left out. Raises `StoreError`.
+    """
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_ours_alone(path.name)]
+    with reaching(remote.url):
+        targets = {remote.path(f"{name}/{path.relative_to(folder).as_posix()}"): path for path in found}
+        end = remote.path(f"{name}/{last}")
+        _put_files(remote, {target: path for target, path in targets.items() if target != end})
+        _put_files(remote, {end: targets[end]})
+
+# %% ../nbs/remote.ipynb #6aec1882
+def _found(remote: Remote, folder: str) -> dict[str, dict[str, Any]]:
+    """What the store tells of each file below `folder`, by its path relative to it. Raises `StoreError`."""
+    with reaching(remote.url):
+        filesystem, top = remote.opened[0], remote.path(folder)
+        filesystem.invalidate_cache()
+        found = filesystem.find(top, detail=True) if filesystem.exists(top) else {}
+    front = f"{top.lstrip('/')}/"
+    return {path.lstrip("/").removeprefix(front): facts for path, facts in found.items()}
+
+
+def list_files(remote: Remote, folder: str) -> list[str]:
+    """The names of all files below `folder`, relative to it, in order. Raises `StoreError`."""
+    return sorted(_found(remote, folder))
+
+
+def marked(remote: Remote, folder: str, file: str) -> dict[str, str]:
+    """The signature of the file of that name in each folder in `folder`, by the inner folder's name."""
+    parts = ((name.partition("/"), facts) for name, facts in _found(remote, folder).items())
+    return {inner: signature(facts) for (inner, _, rest), facts in parts if rest == file}
+
+# %% ../nbs/remote.ipynb #1b3d830c
+def read_files(remote: Remote, names: Iterable[str]) -> dict[str, bytes]:
+    """The content of files by their names, without those that are not there. Raises `StoreError`."""
+    with reaching(remote.url):
+        paths = {remote.path(name).lstrip("/"): name for name in names}
+        # s3fs would ask for the size of each file first, to read large ones in parts
+        options = {"max_concurrency": 1} if remote.protocols & {"s3", "s3a"} else {}
+        wanted = [remote.path(name) for name in paths.values()]
+        found = remote.opened[0].cat(wanted, on_error="return", **options) if wanted else {}
+        for content in found.values():
+            if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
+                raise content
+    pairs = ((paths[path.lstrip("/")], content) for path, content in found.items())
+    return {name: content for name, content in pairs if isinstance(content, bytes)}
+
+# %% ../nbs/remote.ipynb #0a4d9cd5
+def get_folder(remote: Remote, name: str, target: Path) -> None:
+    """Download the folder `name` as the local folder `target`, whole or not at all. Raises `StoreError`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".fetched-", dir=target.parent))
+    try:
+        files = {inner: scratch / inner for inner in list_files(remote, name) if not _is_ours_alone(inner)}
+        for inner, path in files.items():
+            if not path.resolve().is_relative_to(scratch.resolve()):
+                raise StoreError(f"The store {remote} has a file with a forbidden name: {name}/{inner}.")
+            path.parent.mkdir(parents=True, exist_ok=True)
+        if files:
+            with reaching(remote.url):
+                sources = [remote.path(f"{name}/{inner}") for inner in files]
+                remote.opened[0].get(sources, [str(path) for path in files.values()])
+        scratch.chmod(0o755)
+        with contextlib.suppress(OSError):  # another process was faster
+            scratch.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+# %% ../nbs/remote.ipynb #d767bf8c
+def _link_file(path: Path, content: bytes) -> None:
     """Write a local file that is not there yet, whole or not at all; `FileExistsError` if it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
@@ -97,123 +210,11 @@ def _create_file(path: Path, content: bytes) -> None:
     finally:
         temporary.unlink()
 
-# %% ../nbs/remote.ipynb #5a4ac3c3
-OBJECTS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"}
 
-
-@dataclass(frozen=True)
-class Remote:
-    """A folder at an fsspec URL. Names are relative to it, with `/`. Every method may raise `StoreError`."""
-
-    url: str
-
-    def __str__(self) -> str:
-        return public_url(self.url)
-
-    @cached_property
-    def _opened(self) -> tuple[Any, str]:
-        return open_filesystem(self.url)
-
-    def _path(self, name: str) -> str:
-        return f"{self._opened[1]}/{name}"
-
-    def signatures(self, folder: str, file: str) -> dict[str, str]:
-        """The signature of the file of that name in each folder in `folder`, by the inner folder's name."""
-        filesystem, _ = self._opened
-        found = {}
-        with reaching(self.url):
-            top = self._path(folder)
-            filesystem.invalidate_cache()
-            listed = filesystem.find(top, detail=True) if filesystem.exists(top) else {}
-        for path, facts in listed.items():
-            inner, _, rest = path.partition(f"{top.lstrip('/')}/")[2].partition("/")
-            if rest == file:
-                found[inner] = signature(facts)
-        return found
-
-    def names(self, folder: str) -> list[str]:
-        """The names of all files below `folder`, relative to it, in order."""
-        filesystem, _ = self._opened
-        with reaching(self.url):
-            top = self._path(folder)
-            filesystem.invalidate_cache()
-            listed = filesystem.find(top) if filesystem.exists(top) else []
-        return sorted(path.partition(f"{top.lstrip('/')}/")[2] for path in listed)
-
-    def read(self, names: Iterable[str]) -> dict[str, bytes]:
-        """The content of several files, fetched together; those that are not there are left out."""
-        filesystem, _ = self._opened
-        paths = {self._path(name).lstrip("/"): name for name in names}
-        if not paths:
-            return {}
-        with reaching(self.url):
-            # s3fs would ask for the size of each file first, to read large ones in parts
-            options = {"max_concurrency": 1} if self._protocols & {"s3", "s3a"} else {}
-            wanted = [self._path(name) for name in paths.values()]
-            found = filesystem.cat(wanted, on_error="return", **options)
-            for content in found.values():
-                if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
-                    raise content
-        pairs = ((paths[path.lstrip("/")], content) for path, content in found.items())
-        return {name: content for name, content in pairs if isinstance(content, bytes)}
-
-    def create(self, name: str, content: bytes) -> None:
-        """Write a file that is not there yet; `FileExistsError` if it is."""
-        filesystem, _ = self._opened
-        with reaching(self.url):
-            if self._protocols & {"file", "local"}:
-                _create_file(Path(self._path(name)), content)
-            else:
-                filesystem.pipe_file(self._path(name), content, mode="create")
-
-    @property
-    def _protocols(self) -> set[str]:
-        protocol = self._opened[0].protocol
-        return {protocol} if isinstance(protocol, str) else set(protocol)
-
-    def _put_files(self, files: Mapping[str, Path]) -> None:
-        """Upload files to paths of the file system, each whole or not at all."""
-        filesystem = self._opened[0]
-        if self._protocols & OBJECTS:
-            if files:
-                filesystem.put([str(path) for path in files.values()], list(files))
-            return
-        for target, path in files.items():
-            filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
-            temporary = f"{target}.{secrets.token_hex(4)}.tmp"
-            filesystem.put_file(str(path), temporary)
-            filesystem.mv(temporary, target)
-
-    def put(self, folder: Path, name: str, last: str) -> None:
-        """Upload the files in the local `folder` as the folder `name`, the one called `last` at the end.
-
-        Files whose names begin with a dot or end with .tmp are left out.
-        """
-        found = [
-            path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_ours_alone(path.name)
-        ]
-        targets = {self._path(f"{name}/{path.relative_to(folder).as_posix()}"): path for path in found}
-        end = self._path(f"{name}/{last}")
-        with reaching(self.url):
-            self._put_files({target: path for target, path in targets.items() if target != end})
-            self._put_files({end: targets[end]})
-
-    def get(self, name: str, target: Path) -> None:
-        """Download the folder `name` as the local folder `target`, whole or not at all."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".fetched-", dir=target.parent))
-        try:
-            files = {inner: scratch / inner for inner in self.names(name) if not _is_ours_alone(inner)}
-            for inner, path in files.items():
-                if not path.resolve().is_relative_to(scratch.resolve()):
-                    raise StoreError(f"The store {self} has a file with a forbidden name: {name}/{inner}.")
-                path.parent.mkdir(parents=True, exist_ok=True)
-            if files:
-                sources = [self._path(f"{name}/{inner}") for inner in files]
-                with reaching(self.url):
-                    self._opened[0].get(sources, [str(path) for path in files.values()])
-            scratch.chmod(0o755)
-            with contextlib.suppress(OSError):  # another process was faster
-                scratch.rename(target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+def create_file(remote: Remote, name: str, content: bytes) -> None:
+    """Write a file that must not be there yet. Raises `FileExistsError` if it is, or `StoreError`."""
+    with reaching(remote.url):
+        if remote.protocols & {"file", "local"}:
+            _link_file(Path(remote.path(name)), content)
+        else:
+            remote.opened[0].pipe_file(remote.path(name), content, mode="create")

@@ -15,6 +15,7 @@ from s3fs import S3FileSystem
 from nbprod import join_rooms
 from nbprod.errors import CellError, ModelError, RunError, SettingsError, StoreError
 from nbprod.experiment import index as index_module
+from nbprod.experiment import sharing
 from nbprod.experiment.execution import run
 from nbprod.experiment.index import rebuild, records
 from nbprod.experiment.recording import NOTEBOOK_NAME
@@ -24,7 +25,7 @@ from nbprod.experiment.sweeps import sweep
 from nbprod.model.reproduce import reproduce
 from nbprod.model.store import models
 from nbprod.release.ledger import load_model, promote, releases, rollback
-from nbprod.remote import Remote, open_filesystem
+from nbprod.remote import Remote, list_files, open_filesystem, read_files
 from nbprod.settings import load_settings
 
 SECRET = "never-to-be-written-down"
@@ -146,13 +147,12 @@ def test_the_index_knows_what_it_has_read(
     made = [each.id for each in sweep("nbs/train.ipynb", {"extra": [1.0, 2.0, 3.0]}, jobs=2)]
     bob.enter()
     asked: list[str] = []
-    original = Remote.read
 
     def watched(remote: Remote, names: Iterator[str]) -> dict[str, bytes]:
         asked.extend(chosen := list(names))
-        return original(remote, chosen)
+        return read_files(remote, chosen)
 
-    monkeypatch.setattr(Remote, "read", watched)
+    monkeypatch.setattr(sharing, "read_files", watched)
     assert {each.id for each in runs(sort="-slope")} == set(made) and len(asked) == 3
     before = records(load_settings())
     assert len(runs()) == 3 and len(asked) == 3, "what was known was read again"
@@ -263,7 +263,7 @@ def test_no_credentials(
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     S3FileSystem.clear_instance_cache()
     with pytest.raises(StoreError, match=r"refuses access .* AWS_ACCESS_KEY_ID"):
-        Remote("s3://team/flights").names("runs")
+        list_files(Remote("s3://team/flights"), "runs")
 
 
 @pytest.mark.usefixtures("server")
@@ -276,17 +276,17 @@ def test_a_killed_upload_shows_nothing_half(machine: Callable[..., Machine]) -> 
     code = "from nbprod.experiment.execution import run; run('nbs/many.ipynb', progress=False)"
     driver = start_driver(code, ada.folder)
     remote = Remote("s3://team/flights")
-    wait_for(lambda: remote.names("runs"), "the first file to be uploaded")
+    wait_for(lambda: list_files(remote, "runs"), "the first file to be uploaded")
     driver.kill()
     driver.communicate()
-    assert not [name for name in remote.names("runs") if name.endswith(NOTEBOOK_NAME)]
+    assert not [name for name in list_files(remote, "runs") if name.endswith(NOTEBOOK_NAME)]
     machine("bob")
     assert len(runs()) == 0
     ada.enter()
     (made,) = runs()
     assert made.status == "succeeded"
     assert publish_missing(load_settings()) == 1
-    assert len([name for name in remote.names(f"runs/{made.id}") if name.startswith("a")]) == 200
+    assert len([name for name in list_files(remote, f"runs/{made.id}") if name.startswith("a")]) == 200
 
 
 @pytest.mark.usefixtures("server")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import SharingError, StoreError
 from .recording import NOTEBOOK_NAME, record_in
 from ..files import is_held
-from ..remote import Remote
+from ..remote import Remote, get_folder, marked, put_folder, read_files
 from ..settings import Settings
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def shared_signatures(settings: Settings) -> dict[str, str] | None:
     if remote is None:
         return {}
     try:
-        return remote.signatures("runs", NOTEBOOK_NAME)
+        return marked(remote, "runs", NOTEBOOK_NAME)
     except StoreError as error:
         LOGGER.warning("nbprod: only what is known here is listed. %s", error)
         return None
@@ -49,7 +49,7 @@ def read_shared(settings: Settings, runs: Collection[str]) -> dict[str, dict[str
     remote = remote_of(settings)
     if remote is None or not runs:
         return {}
-    read = remote.read(f"runs/{run}/{NOTEBOOK_NAME}" for run in runs)
+    read = read_files(remote, (f"runs/{run}/{NOTEBOOK_NAME}" for run in runs))
     records = {name.split("/")[1]: record_in(content) for name, content in read.items()}
     return {run: record for run, record in records.items() if record is not None}
 
@@ -80,7 +80,7 @@ def publish(run: Run, settings: Settings) -> None:
     try:
         for publisher in _PUBLISHERS:
             publisher(run, settings)
-        remote.put(run.folder, f"runs/{run.id}", last=NOTEBOOK_NAME)
+        put_folder(remote, run.folder, f"runs/{run.id}", last=NOTEBOOK_NAME)
         (run.folder / PUBLISHED).write_text(str(remote), encoding="utf-8")
     except StoreError as error:
         raise SharingError(
@@ -112,7 +112,7 @@ def fetch_run(name: str, settings: Settings) -> bool:
     """Bring the folder of a run from the shared store, unless it is here; whether it is here then."""
     remote, folder = remote_of(settings), settings.runs / name
     if not (folder / NOTEBOOK_NAME).is_file() and remote is not None:
-        remote.get(f"runs/{name}", folder)
+        get_folder(remote, f"runs/{name}", folder)
         if folder.is_dir():
             (folder / PUBLISHED).write_text(str(remote), encoding="utf-8")
     return (folder / NOTEBOOK_NAME).is_file()

@@ -24,7 +24,7 @@ from ..files import write_atomic
 from .baseline import Baseline
 from .contract import Contract
 from .pipeline import Answer, answer, read_pipeline
-from ..remote import Remote
+from ..remote import Remote, create_file, get_folder, list_files, marked, put_folder, read_files
 from ..settings import Settings, bentoml_home, load_settings
 
 if TYPE_CHECKING:
@@ -114,10 +114,10 @@ def share(tag: str, settings: Settings) -> None:
     if not settings.remote or not folder.exists():
         return
     remote, place = Remote(settings.remote), f"models/{name}/{version}"
-    if version not in remote.signatures(f"models/{name}", MANIFEST):
-        remote.put(folder, place, last="facts.json")
+    if version not in marked(remote, f"models/{name}", MANIFEST):
+        put_folder(remote, folder, place, last="facts.json")
         with suppress(FileExistsError):  # another process was faster
-            remote.create(f"{place}/{MANIFEST}", json.dumps(hashes_of(folder)).encode())
+            create_file(remote, f"{place}/{MANIFEST}", json.dumps(hashes_of(folder)).encode())
 
 # %% ../../nbs/model/store.ipynb #761ef259
 def fetch(tag: str, folder: Path) -> None:
@@ -129,7 +129,7 @@ def fetch(tag: str, folder: Path) -> None:
     with staging_folder(bentoml_home() / "tmp") as scratch:
         made = scratch / version
         if remote is not None:
-            remote.get(f"models/{name}/{version}", made)
+            get_folder(remote, f"models/{name}/{version}", made)
         if not (made / MANIFEST).exists():
             raise NotFoundError(f"The model {tag} is neither in {folder} nor in the shared store.")
         expected = read_json(made / MANIFEST)
@@ -254,7 +254,7 @@ def _facts_of(names: Iterable[str], remote: Remote, settings: Settings) -> dict[
     """The facts of versions in the shared store, by `name/version`; those that were read before from here."""
     kept = {name: settings.store / "shared" / f"{name}.json" for name in names}
     missing = [name for name, path in kept.items() if not path.exists()]
-    for file, content in remote.read(f"models/{name}/facts.json" for name in missing).items():
+    for file, content in read_files(remote, (f"models/{name}/facts.json" for name in missing)).items():
         path = kept[file.removeprefix("models/").removesuffix("/facts.json")]
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content)
@@ -269,7 +269,7 @@ def shared_models(name: str | None, known: Collection[str]) -> list[Model]:
     remote, home = Remote(settings.remote), bentoml_home() / "models"
     try:
         top = f"models/{name}" if name else "models"
-        files = [f"{name}/{file}" if name else file for file in remote.names(top)]
+        files = [f"{name}/{file}" if name else file for file in list_files(remote, top)]
         places = [file.removesuffix(f"/{MANIFEST}") for file in files if file.endswith(f"/{MANIFEST}")]
         wanted = [place for place in places if place.count("/") == 1 and place.replace("/", ":") not in known]
         facts = _facts_of(wanted, remote, settings)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ReleaseError
-from ..remote import Remote
+from ..remote import Remote, create_file, list_files, read_files
 from ..settings import Settings, load_settings
 
 # %% auto #0
@@ -66,14 +66,14 @@ def releases(name: str, settings: Settings | None = None) -> list[Release]:
 
 def _shared(name: str, remote: Remote) -> list[tuple[str, Release]]:
     """The entries of a model in a shared store, with the names of their objects, oldest first."""
-    found = remote.read(f"releases/{name}/{file}" for file in remote.names(f"releases/{name}"))
+    found = read_files(remote, (f"releases/{name}/{file}" for file in list_files(remote, f"releases/{name}")))
     return [(file, Release(**json.loads(content))) for file, content in sorted(found.items())]
 
 # %% ../../nbs/release/journal.ipynb #f006f798
 def released_names(settings: Settings) -> list[str]:
     """The names of the models that have releases."""
     if settings.remote:
-        return sorted({file.partition("/")[0] for file in Remote(settings.remote).names("releases")})
+        return sorted({file.partition("/")[0] for file in list_files(Remote(settings.remote), "releases")})
     return sorted(path.stem for path in settings.releases.glob("*.jsonl"))
 
 # %% ../../nbs/release/journal.ipynb #71264ec7
@@ -122,7 +122,7 @@ def _write_shared(name: str, decide: Decide, remote: Remote) -> Release:
             return entry
         number = int(Path(entries[-1][0]).stem) + 1 if entries else 1
         try:
-            remote.create(f"releases/{name}/{number:06}.json", _line(entry))
+            create_file(remote, f"releases/{name}/{number:06}.json", _line(entry))
         except FileExistsError:
             continue
         return entry
