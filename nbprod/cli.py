@@ -19,9 +19,10 @@ __all__ = ['Argument', 'Command', 'VERBS', 'MODEL', 'NAME', 'NOTEBOOK', 'RUN', '
            'given_texts', 'typed_values', 'option_help', 'add_options', 'params_command', 'print_run', 'run_command',
            'varied', 'print_runs', 'nested_text', 'print_columns', 'read_tried_file', 'tried_text', 'join_rows',
            'tried_values', 'sweep_command', 'reproduce_command', 'split_names', 'whole_number', 'print_lineage',
-           'runs_command', 'list_runs', 'show_command', 'compare_command', 'index_command', 'models_command',
-           'print_releases', 'promote_command', 'rollback_command', 'releases_command', 'build_command',
-           'serve_command', 'containerize_command', 'monitor_command', 'make_parser', 'join_sort', 'main']
+           'runs_command', 'share_waiting', 'list_runs', 'show_command', 'compare_command', 'index_command',
+           'models_command', 'print_releases', 'promote_command', 'rollback_command', 'releases_command',
+           'build_command', 'serve_command', 'containerize_command', 'monitor_command', 'make_parser', 'join_sort',
+           'main']
 
 # %% ../nbs/cli.ipynb #df3968bb
 def text(value: Any) -> str:
@@ -515,10 +516,28 @@ def runs_command(arguments: argparse.Namespace) -> None:
         list_runs(arguments)
 
 
+def share_waiting() -> None:
+    """Share what could not be shared before, if there is a shared store; a listing does without that."""
+    from nbprod.settings import load_settings
+
+    settings = load_settings()
+    if settings.remote:
+        from nbprod import join_rooms
+        from nbprod.errors import SharingError
+        from nbprod.experiment.sharing import LOGGER, publish_missing
+
+        join_rooms()
+        try:
+            publish_missing(settings)
+        except SharingError as error:
+            LOGGER.warning("nbprod: %s", error)
+
+
 def list_runs(arguments: argparse.Namespace) -> None:
     """Print the runs that were asked for."""
     from nbprod.experiment.runs import columns_of, runs
 
+    share_waiting()
     found = runs(arguments.where, arguments.sort)
     if arguments.columns is None:
         rows = [run.as_dict() for run in found[: arguments.limit]]

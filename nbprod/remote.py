@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,10 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     import fsspec
 
     protocol = url.partition("://")[0]
+    # Others may write at any moment, so no listing may be remembered; not every driver knows this option.
+    options = {"use_listings_cache": False} if protocol in {"s3", "s3a", "gs", "gcs"} else {}
     try:
-        filesystem, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        filesystem, path = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
         extra = f"pip install 'nbprod[{EXTRAS[protocol]}]'" if protocol in EXTRAS else f"install it: {error}"
         raise SettingsError(
@@ -79,6 +82,7 @@ MARKS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "c
 def signature(facts: Mapping[str, Any]) -> str:
     """A short text that changes with a file, from what fsspec tells of it in a listing."""
     mark = next((facts[name] for name in MARKS if facts.get(name) is not None), "")
+    mark = mark.astimezone(UTC) if isinstance(mark, datetime) else mark
     return f"{str(mark).strip(chr(34))}-{facts.get('size')}"
 
 # %% ../nbs/remote.ipynb #7e30a002

@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import boto3
@@ -13,7 +13,7 @@ from running import start_driver, wait_for, write_notebook
 from s3fs import S3FileSystem
 
 from nbprod import join_rooms
-from nbprod.errors import CellError, ModelError, RunError, SettingsError, StoreError
+from nbprod.errors import CellError, ModelError, NbprodError, RunError, SettingsError, StoreError
 from nbprod.experiment import index as index_module
 from nbprod.experiment import sharing
 from nbprod.experiment.execution import run
@@ -24,8 +24,10 @@ from nbprod.experiment.sharing import publish_missing, shared_signatures
 from nbprod.experiment.sweeps import sweep
 from nbprod.model.reproduce import reproduce
 from nbprod.model.store import models
+from nbprod.release import journal
+from nbprod.release.journal import Release, write_entry
 from nbprod.release.ledger import load_model, promote, releases, rollback
-from nbprod.remote import Remote, list_files, open_filesystem, read_files
+from nbprod.remote import Remote, create_file, list_files, open_filesystem, read_files
 from nbprod.settings import load_settings
 
 SECRET = "never-to-be-written-down"
@@ -178,7 +180,12 @@ def test_a_store_that_goes_away(
     assert second.status == "succeeded" and second.models and load_model(second.models[0]).run == second.id
     assert [each.id for each in runs()] == [second.id, first.id]
     assert "only what is known here is listed" in caplog.text
-    assert ada.folder.exists() and shared_signatures(load_settings()) is None
+    with pytest.raises(NbprodError, match="kept as it is"):
+        rebuild(load_settings())
+    assert [each.id for each in runs()] == [second.id, first.id]
+    listed = start_driver("from nbprod.cli import main; main(['runs', '--json'])", ada.folder)
+    output, errors = listed.communicate(timeout=60)
+    assert len(json.loads(output)) == 2 and "is not shared" in errors and SECRET not in errors
 
 
 @pytest.mark.usefixtures("server")
@@ -305,6 +312,21 @@ def test_two_promote_at_once(machine: Callable[..., Machine]) -> None:
     assert len(entries) > 2
     for before, after in itertools.pairwise(entries):
         assert after.previous == before.model != after.model
+
+
+def test_an_answer_that_is_lost(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that gets no answer creates its object again; the move is in the journal once."""
+    settings = replace(load_settings(project), remote=f"file://{tmp_path}/shared")
+
+    def twice(remote: Remote, name: str, content: bytes) -> None:
+        create_file(remote, name, content)
+        create_file(remote, name, content)
+
+    monkeypatch.setattr(journal, "create_file", twice)
+    june = Release("2026-06-01T09:00:00+00:00", "promote", "production", "delay:1", None, "ada", "first")
+    assert write_entry("delay", lambda _: june, settings) == june
+    assert write_entry("delay", lambda _: replace(june, model="delay:2"), settings).model == "delay:2"
+    assert [entry.model for entry in releases("delay", settings)] == ["delay:1", "delay:2"]
 
 
 @pytest.mark.parametrize("store", ["memory://team/flights", "file://{}/shared"])

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..errors import CellError, ParameterError, RunError, UsageError
+from ..errors import CellError, ParameterError, RunError, SharingError, UsageError
 from .changes import PATCH_NAME
 from .kernels import WarmKernels
 from .lineage import lineage
@@ -30,7 +30,7 @@ from .parameters import TAG, Parameter, check_values, effective_values
 from .parameters import injected_cell, notebook_parameters, secret_variables
 from .progress import Listener, cell_progress
 from .recording import METADATA_KEY, NOTEBOOK_NAME, read_record, unwritable, write_notebook
-from .runs import INTERRUPTED, STAGED, Run, close_record, run_from_record
+from .runs import INTERRUPTED, STAGED, Run, close_record, read_run, run_from_record
 from .sharing import publish
 from .supervision import CANCELLED, Worker, close, follow, start_worker
 from .values import plain
@@ -406,8 +406,13 @@ def execute(
                 attempts = set_aside(run)
         if errand is not None:
             return run
-        if run.status == "succeeded":
-            announce(run, source.settings)
+        try:
+            if run.status == "succeeded":
+                announce(run, source.settings)
+        except RunError:
+            with contextlib.suppress(SharingError):  # it failed, which is the news
+                publish(read_run(path) or run, source.settings)
+            raise
         publish(run, source.settings)
         return run
     finally:

@@ -318,6 +318,8 @@ def _read(folder: Path, runs: Collection[str]) -> dict[str, dict[str, Any]]:
 # %% ../../nbs/experiment/index.ipynb #3afcdb84
 def rebuild(settings: Settings) -> int:
     """Make the index of a store anew; the number of runs. `NbprodError` if it cannot be written."""
+    if shared_signatures(settings) is None:
+        raise NbprodError("The index is kept as it is: what others have shared cannot be read now.")
     engine = open_engine(settings)
     store = store_name(engine, settings.store)
     remove_damaged(engine, store)

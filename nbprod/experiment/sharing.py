@@ -5,14 +5,16 @@
 # %% ../../nbs/experiment/sharing.ipynb #7f311f83
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Collection
+import os
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SharingError, StoreError
 from .recording import NOTEBOOK_NAME, record_in
-from ..files import is_held
+from ..files import hold
 from ..remote import Remote, get_folder, marked, put_folder, read_files
 from ..settings import Settings
 
@@ -90,6 +92,21 @@ def publish(run: Run, settings: Settings) -> None:
         ) from error
 
 # %% ../../nbs/experiment/sharing.ipynb #6fdee0f2
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Whether nobody else is at a run; then nobody else comes to it meanwhile."""
+    try:
+        lock = hold(folder)
+    except BlockingIOError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
 def publish_missing(settings: Settings) -> int:
     """Upload the ended runs of this folder that the shared store lacks; how many there were."""
     from nbprod.experiment.runs import read_run
@@ -99,12 +116,13 @@ def publish_missing(settings: Settings) -> int:
         return 0
     published = 0
     for folder in sorted(settings.runs.iterdir()):
-        if is_published(folder, remote) or not (folder / NOTEBOOK_NAME).is_file() or is_held(folder):
+        if is_published(folder, remote) or not (folder / NOTEBOOK_NAME).is_file():
             continue
         run = read_run(folder / NOTEBOOK_NAME)
-        if run is not None and run.status != "running":
-            publish(run, settings)
-            published += 1
+        with _held(folder) as is_ours:
+            if is_ours and run is not None and run.status != "running":
+                publish(run, settings)
+                published += 1
     return published
 
 # %% ../../nbs/experiment/sharing.ipynb #96cfbbe0

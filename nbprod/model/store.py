@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['LOGGER', 'MANIFEST', 'staging_folder', 'commit', 'make_importable', 'read_json', 'shared_store', 'hashes_of', 'share',
-           'fetch', 'Version', 'Model', 'shared_models', 'models', 'load']
+           'name_latest', 'fetch', 'Version', 'Model', 'shared_models', 'models', 'load']
 
 # %% ../../nbs/model/store.ipynb #3a0e1dde
 @contextmanager
@@ -120,6 +120,16 @@ def share(tag: str, settings: Settings) -> None:
             create_file(remote, f"{place}/{MANIFEST}", json.dumps(hashes_of(folder)).encode())
 
 # %% ../../nbs/model/store.ipynb #761ef259
+def name_latest(folder: Path) -> None:
+    """Let BentoML's `latest` name the version in `folder`, unless it names one that was made later."""
+    pointer = folder.parent / "latest"
+    with suppress(OSError, ValueError, LookupError):
+        named = folder.parent / pointer.read_text(encoding="utf-8").strip()
+        if read_json(named / "facts.json")["created"] > read_json(folder / "facts.json")["created"]:
+            return
+    write_atomic(pointer, folder.name)
+
+
 def fetch(tag: str, folder: Path) -> None:
     """Bring the version `tag` from the shared store to `folder`.
 
@@ -142,8 +152,7 @@ def fetch(tag: str, folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with suppress(OSError):  # another process was faster
             made.rename(folder)
-        if not (folder.parent / "latest").exists():
-            (folder.parent / "latest").write_text(version, encoding="utf-8")
+        name_latest(folder)
 
 # %% ../../nbs/model/store.ipynb #50649003
 @dataclass(frozen=True)

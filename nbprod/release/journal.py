@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -19,7 +20,7 @@ from ..remote import Remote, create_file, list_files, read_files
 from ..settings import Settings, load_settings
 
 # %% auto #0
-__all__ = ['Decide', 'TRIES', 'Release', 'releases', 'released_names', 'write_entry']
+__all__ = ['MARK', 'Decide', 'TRIES', 'Release', 'releases', 'released_names', 'write_entry']
 
 # %% ../../nbs/release/journal.ipynb #fac5dae0
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ def _line(release: Release) -> bytes:
     return json.dumps(release.as_dict()).encode() + b"\n"
 
 # %% ../../nbs/release/journal.ipynb #a80d8b38
+MARK = "mark"  # what a writer knows its own entry by
+
+
 def _ledger(name: str, settings: Settings) -> Path:
     return settings.releases / f"{name}.jsonl"
 
@@ -67,7 +71,8 @@ def releases(name: str, settings: Settings | None = None) -> list[Release]:
 def _shared(name: str, remote: Remote) -> list[tuple[str, Release]]:
     """The entries of a model in a shared store, with the names of their objects, oldest first."""
     found = read_files(remote, (f"releases/{name}/{file}" for file in list_files(remote, f"releases/{name}")))
-    return [(file, Release(**json.loads(content))) for file, content in sorted(found.items())]
+    entries = [(file, json.loads(content)) for file, content in sorted(found.items())]
+    return [(file, Release(**{key: entry[key] for key in entry if key != MARK})) for file, entry in entries]
 
 # %% ../../nbs/release/journal.ipynb #f006f798
 def released_names(settings: Settings) -> list[str]:
@@ -121,9 +126,13 @@ def _write_shared(name: str, decide: Decide, remote: Remote) -> Release:
         if any(entry is each for _, each in entries):
             return entry
         number = int(Path(entries[-1][0]).stem) + 1 if entries else 1
+        place = f"releases/{name}/{number:06}.json"
+        content = json.dumps(entry.as_dict() | {MARK: secrets.token_hex(8)}).encode()
         try:
-            create_file(remote, f"releases/{name}/{number:06}.json", _line(entry))
+            create_file(remote, place, content)
         except FileExistsError:
-            continue
+            # A driver that got no answer asks again, and then meets what it has written itself.
+            if read_files(remote, [place]).get(place) != content:
+                continue
         return entry
     raise ReleaseError(f"Others release {name!r} all the time; nothing was changed. Try again.")
