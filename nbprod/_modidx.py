@@ -880,6 +880,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'nbprod.model.conversion._converters': ( 'model/conversion.html#_converters',
                                                                                   'nbprod/model/conversion.py'),
                                          'nbprod.model.conversion._exact': ('model/conversion.html#_exact', 'nbprod/model/conversion.py'),
+                                         'nbprod.model.conversion._fill': ('model/conversion.html#_fill', 'nbprod/model/conversion.py'),
                                          'nbprod.model.conversion._input_types': ( 'model/conversion.html#_input_types',
                                                                                    'nbprod/model/conversion.py'),
                                          'nbprod.model.conversion.convert': ('model/conversion.html#convert', 'nbprod/model/conversion.py'),

@@ -102,11 +102,34 @@ class _PlainContainer:
             *arguments, **{name: plain_attribute(value) for name, value in attributes.items()}
         )
 
+# %% ../../nbs/model/conversion.ipynb #41b87f3d
+def _fill(scope: Any, operator: Any, container: Any) -> None:
+    """The graph of a `SimpleImputer` of numbers: where an input is missing, what was learned for its column."""
+    import numpy as np
+    from onnx import TensorProto
+    from skl2onnx.common._registration import get_converter
+    from skl2onnx.common.data_types import DoubleTensorType
 
+    imputer = operator.raw_operator
+    learned = np.asarray(imputer.statistics_)
+    numbers = learned.dtype.kind == "f" and np.isfinite(learned).all() and imputer.missing_values is np.nan
+    if not numbers or not all(isinstance(each.type, DoubleTensorType) for each in operator.inputs):
+        get_converter("SklearnSimpleImputer")(scope, operator, container)
+        return
+    joined, missing, filled = (
+        scope.get_unique_variable_name(name) for name in ("joined", "missing", "filled")
+    )
+    container.add_initializer(filled, TensorProto.DOUBLE, [1, len(learned)], learned.tolist())
+    container.add_node("Concat", [each.full_name for each in operator.inputs], joined, axis=1, op_version=13)
+    container.add_node("IsNaN", joined, missing, op_version=13)
+    container.add_node("Where", [missing, filled, joined], operator.outputs[0].full_name, op_version=9)
+
+# %% ../../nbs/model/conversion.ipynb #aedbb72d
 def _converters() -> dict[type, Callable[..., Any]]:
-    """skl2onnx's converters of gradient boosting by histograms, with plain attributes."""
+    """The converters that are used in the place of skl2onnx's own, by the class of the estimator."""
     from skl2onnx.common._registration import get_converter
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+    from sklearn.impute import SimpleImputer
 
     def plain(name: str) -> Callable[..., Any]:
         return lambda scope, operator, container: get_converter(name)(
@@ -114,7 +137,7 @@ def _converters() -> dict[type, Callable[..., Any]]:
         )
 
     kinds = (HistGradientBoostingClassifier, HistGradientBoostingRegressor)
-    return {kind: plain(f"Sklearn{kind.__name__}") for kind in kinds}
+    return {kind: plain(f"Sklearn{kind.__name__}") for kind in kinds} | {SimpleImputer: _fill}
 
 # %% ../../nbs/model/conversion.ipynb #046f0349
 def _exact(node: Any, name: str, values: Sequence[float]) -> None:
@@ -182,6 +205,8 @@ def convert(part: Any, inputs: Any, width: Width) -> bytes:
         raise ModelError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
     if width == "float64":
         exact_thresholds(graph, final)
+    for output in graph.graph.output:  # operators that give 32 bits are declared to give 64
+        output.ClearField("type")
     content: bytes = graph.SerializeToString()
     return content
 
