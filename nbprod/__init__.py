@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nbprod.experiment.execution import run as run
     from nbprod.experiment.recording import log_data as log_data, log_metrics as log_metrics
     from nbprod.experiment.runs import load_run as load_run, runs as runs
+    from nbprod.experiment.search_space import log_uniform as log_uniform, uniform as uniform
     from nbprod.experiment.sweeps import sweep as sweep
     from nbprod.model.artifact import log_model as log_model
     from nbprod.model.reproduce import reproduce as reproduce
@@ -38,6 +39,8 @@ NAMES: dict[str, str] = {
     "new": "nbprod.project",
     "run": "nbprod.experiment.execution",
     "sweep": "nbprod.experiment.sweeps",
+    "uniform": "nbprod.experiment.search_space",
+    "log_uniform": "nbprod.experiment.search_space",
     "runs": "nbprod.experiment.runs",
     "load_run": "nbprod.experiment.runs",
     "compare": "nbprod.experiment.differences",
@@ -67,9 +70,11 @@ def join_rooms() -> None:
     global _joined
     if not _joined:
         from nbprod.experiment.execution import on_success
-        from nbprod.model.artifact import commit_staged
+        from nbprod.experiment.sharing import on_publish
+        from nbprod.model.artifact import commit_staged, publish_models
 
         on_success(commit_staged)
+        on_publish(publish_models)
         _joined = True
 
 # %% ../nbs/api.ipynb #521a67da

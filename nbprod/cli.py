@@ -9,18 +9,19 @@ import argparse
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 # %% auto #0
 __all__ = ['Argument', 'Command', 'VERBS', 'MODEL', 'NAME', 'NOTEBOOK', 'RUN', 'ALIAS', 'WHY', 'PORT', 'JSON', 'PARAMETER',
-           'FILE', 'OPTION', 'RUN_COLUMNS', 'text', 'print_table', 'print_json', 'shown', 'split_assignments',
-           'split_values', 'takes', 'verb', 'new_command', 'demo_command', 'lab_command', 'given_texts', 'typed_values',
-           'option_help', 'add_options', 'params_command', 'print_run', 'run_command', 'varied', 'print_runs',
-           'sweep_command', 'reproduce_command', 'runs_command', 'show_command', 'compare_command', 'index_command',
-           'models_command', 'print_releases', 'promote_command', 'rollback_command', 'releases_command',
-           'build_command', 'serve_command', 'containerize_command', 'monitor_command', 'make_parser', 'join_sort',
-           'main']
+           'FILE', 'OPTION', 'RUN_COLUMNS', 'COLORS', 'text', 'print_table', 'print_cells', 'print_json', 'shown',
+           'split_assignments', 'split_values', 'takes', 'verb', 'new_command', 'demo_command', 'lab_command',
+           'given_texts', 'typed_values', 'option_help', 'add_options', 'params_command', 'print_run', 'run_command',
+           'varied', 'print_runs', 'nested_text', 'print_columns', 'read_tried_file', 'tried_text', 'join_rows',
+           'tried_values', 'sweep_command', 'reproduce_command', 'split_names', 'whole_number', 'print_lineage',
+           'runs_command', 'list_runs', 'show_command', 'compare_command', 'index_command', 'models_command',
+           'print_releases', 'promote_command', 'rollback_command', 'releases_command', 'build_command',
+           'serve_command', 'containerize_command', 'monitor_command', 'make_parser', 'join_sort', 'main']
 
 # %% ../nbs/cli.ipynb #df3968bb
 def text(value: Any) -> str:
@@ -32,16 +33,26 @@ def text(value: Any) -> str:
     if isinstance(value, dict):
         return " ".join(f"{name}={text(each)}" for name, each in value.items()) or "-"
     if isinstance(value, (list, tuple)):
-        return ",".join(map(text, value)) or "-"
+        more = f",… ({len(value)})" if len(value) > 10 else ""
+        return ",".join(map(text, value[: 5 if more else 10])) + more or "-"
     return str(value)
 
 
 def print_table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
     """Print `rows` under the headings `columns`, aligned."""
     cells = [list(columns), *([text(row.get(column)) for column in columns] for row in rows)]
-    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
+    print_cells(cells)
+
+
+def print_cells(cells: Sequence[Sequence[str]], end: Collection[int] = ()) -> None:
+    """Print rows of texts, aligned; the columns numbered in `end` at their end."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        padded = [
+            cell.rjust(width) if index in end else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(padded).rstrip())
 
 # %% ../nbs/cli.ipynb #f1d181d3
 def print_json(value: Any) -> None:
@@ -56,7 +67,7 @@ def print_json(value: Any) -> None:
             return {name: plain(item) for name, item in each.items()}
         return [plain(item) for item in each] if isinstance(each, (list, tuple)) else each
 
-    print(json.dumps(plain(value), indent=2, default=str))
+    print(json.dumps(plain(value), indent=2, default=lambda each: getattr(each, "isoformat", each.__str__)()))
 
 # %% ../nbs/cli.ipynb #9b937252
 def shown(path: Any) -> str:
@@ -171,7 +182,12 @@ def lab_command(arguments: argparse.Namespace) -> None:
 
 # %% ../nbs/cli.ipynb #1cc547b9
 FILE = takes(
-    "-f", "--file", action="append", default=[], metavar="FILE", help="YAML with values; may be repeated"
+    "-f",
+    "--file",
+    action="append",
+    default=[],
+    metavar="FILE",
+    help="YAML with values, for a sweep also CSV; may be repeated",
 )
 
 
@@ -185,8 +201,8 @@ def given_texts(arguments: argparse.Namespace) -> dict[str, str]:
     return split_assignments(arguments.parameter) | options
 
 
-def typed_values(arguments: argparse.Namespace, *, grid: bool = False) -> dict[str, Any]:
-    """The values given for a notebook by files and, above them, as texts; for a `grid`, lists of values."""
+def typed_values(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The values given for a notebook by files and, above them, as texts."""
     from pathlib import Path
 
     from nbprod.experiment.parameter_file import read_file
@@ -195,12 +211,8 @@ def typed_values(arguments: argparse.Namespace, *, grid: bool = False) -> dict[s
     texts, values = given_texts(arguments), dict[str, Any]()
     parameters = read_parameters(Path(arguments.notebook)) if texts or arguments.file else []
     for file in arguments.file:
-        values |= read_file(Path(file), parameters, grid=grid)
-    if not grid:
-        return values | parse_texts(parameters, texts)
-    for name, text_of_all in texts.items():
-        values[name] = [parse_texts(parameters, {name: each})[name] for each in split_values(text_of_all)]
-    return values
+        values |= read_file(Path(file), parameters)
+    return values | parse_texts(parameters, texts)
 
 # %% ../nbs/cli.ipynb #df1843e9
 OPTION = "parameter:"
@@ -208,12 +220,13 @@ OPTION = "parameter:"
 
 def option_help(parameter: Any) -> str:
     """What `--help` says of a parameter: its comment, its type, its default."""
+    from nbprod.experiment.parameters import type_text
     from nbprod.experiment.values import plain
 
     default = "required" if parameter.required else f"default: {plain(parameter.default)}"
     if parameter.computed:
         default = f"computed: {parameter.default}"
-    facts = f"{parameter.type}; {default}"
+    facts = f"{type_text(parameter)}; {default}"
     return (f"{parameter.help} ({facts})" if parameter.help else facts).replace("%", "%%")
 
 
@@ -230,12 +243,14 @@ def add_options(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     except NbprodError:  # the verb itself will say so
         return
     parser.allow_abbrev = False  # a misspelled parameter is none
-    taken = {"--help", *(name for names, _ in VERBS[words[0]][1] for name in names)}
+    taken = ["--help", *(name for names, _ in VERBS[words[0]][1] for name in names)]
     group = parser.add_argument_group(f"parameters of {notebook}")
     for each in parameters:
         name = f"--{each.name.replace('_', '-')}"
         if name not in taken:
             group.add_argument(name, dest=OPTION + each.name, metavar="VALUE", help=option_help(each))
+            taken.append(name)
+    parser.set_defaults(options=taken)
 
 # %% ../nbs/cli.ipynb #d50ab982
 @verb(NOTEBOOK, JSON)
@@ -243,13 +258,15 @@ def params_command(arguments: argparse.Namespace) -> None:
     """A notebook's parameters: name, type, default, help."""
     from pathlib import Path
 
-    from nbprod.experiment.parameters import read_parameters
+    from nbprod.experiment.parameters import read_parameters, type_text
 
-    rows = [parameter.as_dict() for parameter in read_parameters(Path(arguments.notebook))]
+    parameters = read_parameters(Path(arguments.notebook))
+    rows = [parameter.as_dict() for parameter in parameters]
     if arguments.json:
         print_json(rows)
         return
-    for row in rows:
+    for row, parameter in zip(rows, parameters, strict=True):
+        row["type"] = type_text(parameter)
         words = f"computed: {row['default']}" if row["computed"] else text(row["default"])
         row["default"] = "required" if row["required"] else words
     print_table(rows, ["name", "type", "default", "help"])
@@ -263,18 +280,32 @@ def print_run(run: Any, as_json: bool) -> None:
         return
     for name in ("id", "status", "notebook", "path", "started", "seconds", "params", "metrics", "models"):
         print(f"{name:9} {shown(facts[name]) if name == 'path' else text(facts[name])}")
+    for number, attempt in enumerate(run.attempts, start=1):
+        error = str((attempt["error"] or {}).get("error")).partition("\n")[0]
+        print(f"attempt {number} {attempt['status']} after {text(attempt['seconds'])} s: {error}")
 
 
-@verb(NOTEBOOK, PARAMETER, FILE, takes("--timeout", type=float, help="seconds for the whole run"), JSON)
+@verb(
+    NOTEBOOK,
+    PARAMETER,
+    FILE,
+    takes("--timeout", type=float, help="seconds for the whole run, or each attempt of it"),
+    takes("--retries", type=int, default=0, metavar="N", help="execute again what fails, up to N times"),
+    takes("--stream", action="store_true", help="print what the cells print, as it comes"),
+    JSON,
+)
 def run_command(arguments: argparse.Namespace) -> None:
     """Execute a notebook; the executed notebook is the record."""
     import nbprod
 
     values = typed_values(arguments)
-    print_run(nbprod.run(arguments.notebook, values, timeout=arguments.timeout), arguments.json)
+    stream = sys.stderr if arguments.stream and arguments.json else arguments.stream
+    options = {"timeout": arguments.timeout, "retries": arguments.retries, "stream": stream}
+    print_run(nbprod.run(arguments.notebook, values, **options), arguments.json)
 
 # %% ../nbs/cli.ipynb #ad280856
-RUN_COLUMNS = ("id", "status", "notebook", "seconds", "params", "metrics")
+RUN_COLUMNS = ("id", "status", "notebook", "duration", "params", "metrics")
+COLORS = {"succeeded": 32, "failed": 31, "running": 34, "cancelled": 33, "interrupted": 33}  # of the terminal
 
 
 def varied(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -295,22 +326,123 @@ def varied(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def print_runs(rows: Sequence[dict[str, Any]]) -> None:
     """Print runs, a line each."""
-    print_table(varied(rows), RUN_COLUMNS)
+    columns = {name: [row.get(name) for row in varied(rows)] for name in RUN_COLUMNS}
+    print_columns(columns | {"duration": [row["seconds"] for row in rows]})
+
+
+def nested_text(value: Any) -> str:
+    """`text(value)`, without the end of what fills several lines."""
+    whole = text(value)
+    return whole if len(whole) <= 400 else f"{whole[:100]}… ({len(value)})"
+
+
+def print_columns(columns: dict[str, list[Any]]) -> None:
+    """Print values of runs by heading, numbers aligned at their end, a status in the terminal's colour."""
+    import os
+
+    from nbprod.experiment.run_table import column_texts
+
+    texts: dict[str, list[str]] = {}
+    end = set()
+    for index, (name, values) in enumerate(columns.items()):
+        nested = any(isinstance(each, dict) for each in values)
+        found, at_end = (list(map(nested_text, values)), False) if nested else column_texts(name, values)
+        texts[name] = [each or "-" for each in found]
+        end |= {index} if at_end else set()
+    if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+        width = max(map(len, texts.get("status", [])), default=0)
+        painted = [
+            f"\033[{COLORS.get(each, 39)}m{each.ljust(width)}\033[0m" for each in texts.get("status", [])
+        ]
+        texts |= {"status": painted} if painted else {}
+    print_cells([list(texts), *zip(*texts.values(), strict=True)], end)
+
+# %% ../nbs/cli.ipynb #c6d818f6
+def read_tried_file(path: Any, parameters: Sequence[Any]) -> Any:
+    """What to try by name in a YAML file, or the values of each run in one that lists them, as CSV does."""
+    from nbprod.experiment.parameter_file import read_tried
+    from nbprod.experiment.trial_table import read_table
+
+    return read_table(path, parameters) if path.suffix.lower() == ".csv" else read_tried(path, parameters)
+
+
+def tried_text(parameter: Any, value: str) -> Any:
+    """The values to try that a text has for a parameter, or the range to draw them from."""
+    from nbprod.experiment.parameters import parse_texts
+    from nbprod.experiment.search_space import read_range
+
+    numbers = read_range(parameter, value)
+    if numbers is not None:
+        return numbers
+    return [parse_texts([parameter], {parameter.name: each})[parameter.name] for each in split_values(value)]
+
+
+def join_rows(rows: Sequence[dict[str, Any]], space: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each of the listed combinations, with the one value of each name in `space`."""
+    from nbprod.errors import UsageError
+
+    for name, values in space.items():
+        if any(name in row for row in rows):
+            raise UsageError(
+                f"{name} is given in the list of combinations already: leave out one of the two."
+            )
+        if not isinstance(values, list) or len(values) != 1:
+            raise UsageError(f"Beside a list of combinations, {name} can have one value only.")
+    return [row | {name: values[0] for name, values in space.items()} for row in rows]
+
+
+def tried_values(arguments: argparse.Namespace) -> Any:
+    """What to try for a notebook by name, or the values of each run; None if nothing was given."""
+    from pathlib import Path
+
+    from nbprod.errors import UsageError
+    from nbprod.experiment.parameters import known_parameter, read_parameters
+
+    texts, space, rows = given_texts(arguments), dict[str, Any](), None
+    if not texts and not arguments.file:
+        return None
+    parameters = read_parameters(Path(arguments.notebook))
+    for file in arguments.file:
+        read = read_tried_file(Path(file), parameters)
+        if isinstance(read, dict):
+            space |= read
+        elif rows is not None:
+            raise UsageError("Only one file can list combinations.")
+        else:
+            rows = read
+    space |= {name: tried_text(known_parameter(parameters, name), value) for name, value in texts.items()}
+    return space if rows is None else join_rows(rows, space)
 
 # %% ../nbs/cli.ipynb #1bc29137
-@verb(NOTEBOOK, PARAMETER, FILE, takes("--jobs", type=int, help="runs at once (default: cores)"), JSON)
+@verb(
+    NOTEBOOK,
+    PARAMETER,
+    FILE,
+    takes("--trials", type=int, help="how many combinations to draw, at random or towards a goal"),
+    takes("--maximize", metavar="METRIC", help="metric that should be high; with --trials, Optuna searches"),
+    takes("--minimize", metavar="METRIC", help="metric that should be low"),
+    takes("--search-seed", type=int, metavar="N", help="makes the same draws again (default: a new one)"),
+    takes("--resume", metavar="ID", help="go on with that sweep, which was interrupted"),
+    takes("--retry-failed", action="store_true", help="with --resume: also what failed"),
+    takes("--jobs", type=int, help="runs at once (default: cores)"),
+    takes("--executor", metavar="ADDRESS", help="local, or a Dask scheduler's tcp://HOST:PORT"),
+    takes("--timeout", type=float, help="seconds for each run"),
+    takes("--retries", type=int, default=0, help="how often to execute a failed run again (default: 0)"),
+    JSON,
+)
 def sweep_command(arguments: argparse.Namespace) -> None:
-    """Execute a notebook over a grid of values: -p depth=4,8 -p rate=0.05,0.1"""
+    """Execute a notebook with many values: -p depth=4,8 -p rate=0.01..0.1 --trials 30"""
     import nbprod
 
-    grid = typed_values(arguments, grid=True)
-    runs = nbprod.sweep(arguments.notebook, grid, jobs=arguments.jobs)
+    search = ("trials", "maximize", "minimize", "search_seed", "resume", "retry_failed")
+    options = {name: getattr(arguments, name) for name in (*search, "jobs", "executor", "timeout", "retries")}
+    runs = nbprod.sweep(arguments.notebook, tried_values(arguments), **options)
     rows = [run.as_dict() for run in runs]
     if arguments.json:
-        print_json({"id": runs[0].sweep if len(runs) else None, "runs": rows})
+        print_json({"id": runs.id, "runs": rows})
     else:
         print_runs(rows)
-    if any(run.status != "succeeded" for run in runs):
+    if any(run.status != "succeeded" or run.error for run in runs):
         raise SystemExit(1)
 
 # %% ../nbs/cli.ipynb #39df22b1
@@ -324,18 +456,81 @@ def reproduce_command(arguments: argparse.Namespace) -> None:
     if not result.matched:
         raise SystemExit(1)
 
+# %% ../nbs/cli.ipynb #5b3f7a10
+def split_names(value: str) -> list[str]:
+    """`"id, auc"` as `["id", "auc"]`."""
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("name at least one column, such as id,auc")
+    return names
+
+
+def whole_number(value: str) -> int:
+    """`value` as a whole number of at least 1."""
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"{value!r} is no whole number of at least 1")
+    return int(value)
+
+# %% ../nbs/cli.ipynb #5b3f7a13
+def print_lineage(run: Any) -> None:
+    """Print in brief the error, the code, the data and the environment of a run, a line each."""
+    made = run.lineage
+    patch, machine = made.get("patch") or {}, made.get("machine") or {}
+    code = [f"commit {str(made['commit'])[:12]}" if made.get("commit") else "no commit"]
+    code += [f"uncommitted changes in {patch['file']}"] if patch.get("file") else []
+    code += [f"notebook {made['notebook_sha256'][:12]}"] if made.get("notebook_sha256") else []
+    code += [f"own modules {', '.join(made['modules'])}"] if made.get("modules") else []
+    environment = [f"python {made['python']}"] if made.get("python") else []
+    environment += [f"{len(made['packages'])} packages"] if made.get("packages") else []
+    environment += [f"{made['lock']['file']} {made['lock']['sha256'][:12]}"] if made.get("lock") else []
+    environment += [str(machine["platform"])] if machine.get("platform") else []
+    environment += [f"{machine['cpus']} cores"] if machine.get("cpus") else []
+    if run.error:
+        place = f"cell {run.error['cell']}: " if run.error.get("cell") else ""
+        print(f"error     {place}{run.error['error']}")
+    print(f"code      {', '.join(code)}")
+    for name, facts in run.data.items():
+        size = f"{facts['rows']} rows" if "rows" in facts else f"{facts.get('bytes')} bytes"
+        print(f"data      {name}: {size}, {str(facts.get('sha256'))[:12]}")
+    print(f"made with {', '.join(environment) or '-'}")
+
 # %% ../nbs/cli.ipynb #c54cd06b
 @verb(
     takes("--where", metavar="CONDITION", help='such as "params.depth > 4 and metrics.auc >= 0.7"'),
     takes("--sort", help="a metric, parameter or column; -auc for descending"),
+    takes(
+        "--columns",
+        type=split_names,
+        metavar="NAMES",
+        help="what to show, such as id,auc,params.depth,lineage.commit",
+    ),
+    takes("--limit", type=whole_number, metavar="N", help="only the first N"),
     JSON,
 )
 def runs_command(arguments: argparse.Namespace) -> None:
     """The runs, newest first."""
-    from nbprod.experiment.runs import runs
+    from nbprod.experiment.runs import no_collection
 
-    rows = [run.as_dict() for run in runs(arguments.where, arguments.sort)]
-    print_json(rows) if arguments.json else print_runs(rows)
+    with no_collection():  # of no use in the life of one listing, and a quarter of its time
+        list_runs(arguments)
+
+
+def list_runs(arguments: argparse.Namespace) -> None:
+    """Print the runs that were asked for."""
+    from nbprod.experiment.runs import columns_of, runs
+
+    found = runs(arguments.where, arguments.sort)
+    if arguments.columns is None:
+        rows = [run.as_dict() for run in found[: arguments.limit]]
+        print_json(rows) if arguments.json else print_runs(rows)
+        return
+    columns = {
+        name: values[: arguments.limit] for name, values in columns_of(found, arguments.columns).items()
+    }
+    if arguments.json:
+        print_json([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
+    else:
+        print_columns(columns)
 
 
 @verb(RUN, JSON)
@@ -343,7 +538,10 @@ def show_command(arguments: argparse.Namespace) -> None:
     """One run."""
     from nbprod.experiment.runs import load_run
 
-    print_run(load_run(arguments.run), arguments.json)
+    run = load_run(arguments.run)
+    print_run(run, arguments.json)
+    if not arguments.json:
+        print_lineage(run)
 
 # %% ../nbs/cli.ipynb #e5e4cc6f
 @verb(RUN, takes("other", help="id of the run to compare it with"), JSON)
@@ -355,6 +553,9 @@ def compare_command(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(differences.as_dict())
         return
+    if not differences:
+        print("Nothing differs.")
+        return
     columns = ["kind", "name", differences.left.id, differences.right.id]
     print_table([dict(zip(columns, row, strict=True)) for row in differences.table()], columns)
 
@@ -362,11 +563,14 @@ def compare_command(arguments: argparse.Namespace) -> None:
 @verb(takes("--rebuild", action="store_true", help="read every notebook again"), JSON)
 def index_command(arguments: argparse.Namespace) -> None:
     """The cache of the runs' records, brought up to date."""
-    from nbprod.experiment.index import rebuild, records
+    from nbprod import join_rooms
+    from nbprod.experiment.index import rebuild, refresh
+    from nbprod.experiment.sharing import publish_missing
     from nbprod.settings import load_settings
 
-    settings = load_settings()
-    count = rebuild(settings) if arguments.rebuild else len(records(settings))
+    join_rooms()
+    publish_missing(load_settings())
+    count = (rebuild if arguments.rebuild else refresh)(load_settings())
     print_json({"runs": count}) if arguments.json else print(f"{count} runs in the index")
 
 # %% ../nbs/cli.ipynb #f3003f2a
@@ -380,9 +584,10 @@ def models_command(arguments: argparse.Namespace) -> None:
 
     settings = load_settings(required=False)
     recover(settings)
-    rows = []
-    for model in models(arguments.name):
-        standing = [alias for alias, tag in aliases(model.name, settings).items() if tag == model.tag]
+    rows, found = [], models(arguments.name)
+    moved = {name: aliases(name, settings) for name in {model.name for model in found}}
+    for model in found:
+        standing = [alias for alias, tag in moved[model.name].items() if tag == model.tag]
         rows.append(model.as_dict() | {"aliases": standing, "metrics": model.facts.get("metrics", {})})
     print_json(rows) if arguments.json else print_table(rows, ["tag", "created", "aliases", "run", "metrics"])
 
@@ -482,7 +687,8 @@ def make_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     for name, (command, arguments) in VERBS.items():
         about = str(command.__doc__).removesuffix(".")
         made = verbs.add_parser(name, help=about[0].lower() + about[1:], description=about)
-        made.set_defaults(command=command)
+        known = [name for names, _ in arguments for name in names if name.startswith("--")]
+        made.set_defaults(command=command, options=known)
         for names, options in arguments:
             made.add_argument(*names, **options)
         if words and words[0] == name and FILE in arguments:
@@ -507,7 +713,12 @@ def main(words: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     words = join_sort(sys.argv[1:] if words is None else words)
     parser = make_parser(words)
-    arguments = parser.parse_args(words)
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown:
+        from nbprod.errors import did_you_mean
+
+        hint = did_you_mean(unknown[0].partition("=")[0], getattr(arguments, "options", ()))
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}.{hint}")
     if arguments.version:
         from importlib.metadata import version
 

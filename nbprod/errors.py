@@ -11,7 +11,8 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['NbprodError', 'UsageError', 'SettingsError', 'ParameterError', 'NotFoundError', 'did_you_mean', 'RunError',
-           'CellError', 'ModelError', 'ReleaseError', 'ServeError', 'ContractError']
+           'SharingError', 'CellError', 'ClusterError', 'ModelError', 'ReleaseError', 'StoreError', 'ServeError',
+           'ContractError']
 
 # %% ../nbs/errors.ipynb #cdd59dc5
 class NbprodError(Exception):
@@ -60,6 +61,10 @@ class RunError(NbprodError):
         self.path = path
 
 
+class SharingError(RunError):
+    """A run has ended, however it did, but is not in the store that is shared with others."""
+
+
 class CellError(RunError):
     """A cell raised. `cell` counts from 1; `line` is the source line that raised, as written."""
 
@@ -68,12 +73,20 @@ class CellError(RunError):
         self.cell, self.line, self.error = cell, line, error
 
 # %% ../nbs/errors.ipynb #380aa163
+class ClusterError(NbprodError):
+    """A cluster cannot be reached, or cannot execute runs."""
+
+
 class ModelError(NbprodError):
     """A model cannot be logged, loaded or stored."""
 
 
 class ReleaseError(NbprodError):
     """A model was refused at a gate; the alias did not move."""
+
+
+class StoreError(NbprodError):
+    """A store that lives elsewhere cannot be reached, read or written."""
 
 
 class ServeError(NbprodError):

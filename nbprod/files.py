@@ -24,10 +24,10 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 # %% ../nbs/files.ipynb #c651b4cf
-def write_atomic(path: Path, data: str | bytes, *, lasting: bool = True) -> None:
+def write_atomic(path: Path, data: str | bytes, *, durable: bool = True) -> None:
     """Replace `path` by `data` (text as UTF-8) so that a reader sees the old content or the new, whole.
 
-    The folder must exist. Unless `lasting`, the new content is not forced to the disk: a machine that loses
+    The folder must exist. Unless `durable`, the new content is not forced to the disk: a machine that loses
     its power may then come up with neither.
 
     Raises `OSError` when it cannot be written; then `path` is as it was.
@@ -36,13 +36,13 @@ def write_atomic(path: Path, data: str | bytes, *, lasting: bool = True) -> None
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.write_bytes(content)
-        if lasting:
+        if durable:
             _sync(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if lasting:
+    if durable:
         with contextlib.suppress(OSError):  # not every file system can do it for a folder
             _sync(path.parent)
 

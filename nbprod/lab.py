@@ -17,6 +17,7 @@ from typing import Any
 
 from .errors import NotFoundError
 from .model.store import Model
+from .release.journal import released_names
 from .release.ledger import aliases, resolve
 from .settings import Settings, load_settings
 
@@ -26,8 +27,9 @@ __all__ = ['INTERVAL', 'DASHBOARD', 'released_model', 'replayed_traffic', 'jupyt
 # %% ../nbs/lab.ipynb #e55c9d1e
 def released_model(settings: Settings) -> str:
     """`name@production` of the project's one model with that alias; `NotFoundError` if there is not one."""
-    names = sorted(path.stem for path in settings.releases.glob("*.jsonl"))
-    released = [f"{name}@production" for name in names if "production" in aliases(name, settings)]
+    released = [
+        f"{name}@production" for name in released_names(settings) if "production" in aliases(name, settings)
+    ]
     if len(released) == 1:
         return released[0]
     if released:
@@ -89,6 +91,7 @@ DASHBOARD = Path("nbs") / "30_dashboard.ipynb"
 def jupyter_command(settings: Settings, browser: bool = True) -> list[str]:
     """The command line that opens the project in JupyterLab; without `browser` it only prints its address."""
     command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={settings.root}"]
+    command.append("--ContentsManager.allow_hidden=True")  # executed notebooks are in .nbprod
     if os.geteuid() == 0:
         command.append("--allow-root")
     if not browser:
@@ -116,7 +119,7 @@ def lab(
     settings = load_settings(path)
     chosen = resolve(model or released_model(settings), settings)
     built = build(chosen.tag, settings=settings)
-    environment = os.environ | {"PYTHONPATH": kernel_path(settings)}
+    environment = os.environ | {"PYTHONPATH": kernel_path(settings), "NBPROD_LAB": "1"}
     with (
         start_service(built.bento, port=port, settings=settings) as url,
         replayed_traffic(url, chosen, traffic, settings),

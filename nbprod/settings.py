@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from configparser import ConfigParser, Error as ConfigError
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import SettingsError, did_you_mean
 
 # %% auto #0
-__all__ = ['DEFAULTS', 'read_ini', 'find_project', 'Settings', 'load_settings', 'bentoml_home']
+__all__ = ['LOCAL', 'DEFAULTS', 'read_ini', 'find_project', 'Settings', 'executor_address', 'load_settings', 'bentoml_home']
 
 # %% ../nbs/settings.ipynb #b0528d2c
 def read_ini(path: Path) -> ConfigParser:
@@ -37,9 +38,11 @@ def find_project(start: Path | None = None) -> Path | None:
     return None
 
 # %% ../nbs/settings.ipynb #757a5738
+LOCAL = "local"
 DEFAULTS: dict[str, str] = {
     "store": ".nbprod",
     "index": "",
+    "executor": LOCAL,
     "jobs": str(os.cpu_count() or 1),
     "max_body": str(10 * 1024 * 1024),
 }
@@ -49,7 +52,9 @@ DEFAULTS: dict[str, str] = {
 class Settings:
     """One project's settings. `root` and `store` are absolute; `library` is its exported package.
 
-    `index` is the SQLAlchemy URL of the index, empty for a SQLite file in the store.
+    `store` is where runs execute and are kept; `remote` the fsspec URL of the store that is shared with
+    others, empty where there is none. `index` is the SQLAlchemy URL of the index, empty for a SQLite file.
+    `executor` is `local` or the address of a Dask scheduler.
     """
 
     root: Path
@@ -57,7 +62,9 @@ class Settings:
     store: Path
     jobs: int
     max_body: int
-    index: str = ""
+    index: str = field(default="", repr=False)  # a password may be in it, and in the URL of the store
+    remote: str = field(default="", repr=False)
+    executor: str = LOCAL
 
     @property
     def runs(self) -> Path:
@@ -82,22 +89,42 @@ def _whole_number(name: str, value: str, origin: str) -> int:
     return int(value)
 
 
-def _store(root: Path, value: str, origin: str) -> Path:
-    """`value` as an absolute folder; URLs are refused until stores beyond the file system are supported."""
-    if "://" in value:
-        raise SettingsError(f"store = {value!r} ({origin}) must be a folder; URLs are not supported yet.")
-    return (root / Path(value).expanduser()).resolve()
+def _store(root: Path, value: str) -> Path:
+    """`value` as an absolute folder; for a URL the folder in the project where runs execute."""
+    folder = DEFAULTS["store"] if "://" in value else value
+    return (root / Path(folder).expanduser()).resolve()
+
+
+def _remote(value: str, origin: str) -> str:
+    """`value` if it is a URL, otherwise nothing. `SettingsError` for a secret in it that all could read."""
+    if "://" not in value:
+        return ""
+    if origin == "settings.ini" and ("@" in value or "?" in value):
+        message = "has a user or a query, which would be in git and in the records of runs"
+        raise SettingsError(f"store ({origin}) {message}. Give credentials in the environment.")
+    return value.rstrip("/")
 
 
 def _index(root: Path, value: str, origin: str) -> str:
     """`value` as a URL with the path of a SQLite file, relative to the project, made absolute."""
     dialect, separator, path = value.partition(":///")
+    if origin == "settings.ini" and re.search(r"://[^/?@]*:[^@]*@|password=", value):
+        message = "has a password, which would be in git and in the records of runs"
+        raise SettingsError(f"index ({origin}) {message}. Set NBPROD_INDEX, or write it to ~/.pgpass.")
     if not value or ("://" in value and not value.startswith("sqlite")):
         return value
     if not separator or not path:
-        message = f"index = {value!r} ({origin}) must be a SQLAlchemy URL such as sqlite:///index.sqlite."
-        raise SettingsError(message)
+        raise SettingsError(f"index ({origin}) must be a SQLAlchemy URL such as sqlite:///index.sqlite.")
     return f"{dialect}:///{root / path}"
+
+
+def executor_address(value: str, origin: str) -> str:
+    """`value`, if it is `local` or looks like the address of a Dask scheduler. `SettingsError` if not."""
+    scheme, separator, host = value.partition("://")
+    if value != LOCAL and not (scheme.isalpha() and separator and host):
+        message = f"executor = {value!r} ({origin}) must be local, or the address of a Dask scheduler such as"
+        raise SettingsError(f"{message} tcp://127.0.0.1:8786.")
+    return value
 
 # %% ../nbs/settings.ipynb #98497bc8
 def _section(root: Path | None) -> tuple[dict[str, str], str | None]:
@@ -138,10 +165,12 @@ def load_settings(
     return Settings(
         root=base,
         library=library,
-        store=_store(base, values["store"], origins.get("store", "default")),
+        store=_store(base, values["store"]),
+        remote=_remote(values["store"], origins.get("store", "default")),
         jobs=_whole_number("jobs", values["jobs"], origins.get("jobs", "default")),
         max_body=_whole_number("max_body", values["max_body"], origins.get("max_body", "default")),
         index=_index(base, values["index"], origins.get("index", "default")),
+        executor=executor_address(values["executor"], origins.get("executor", "default")),
     )
 
 # %% ../nbs/settings.ipynb #a46cb912

@@ -13,6 +13,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# Chromium as root in a closed network; without the others it would look for its maker's servers.
+CHROMIUM = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -86,15 +96,22 @@ def _apt_install(packages: str) -> None:
     )
 
 
+def _find_program(program: str) -> str | None:
+    """The path of a program; the last one if it is a pattern such as /usr/lib/*/bin/program."""
+    if "*" in program:
+        return max(map(str, Path("/").glob(program.lstrip("/"))), default=None)
+    return shutil.which(program)
+
+
 def require_debian(packages: str, program: str) -> str:
     """The path of `program`, from the Debian `packages` (space between them) if it is not there yet.
 
-    Installs them where we may: as root on Debian. Elsewhere the test is skipped; in CI (CI=true), where
-    everything has to be tested, it fails.
+    `program` may be a pattern for a path. Installs the packages where we may: as root on Debian. Elsewhere
+    the test is skipped; in CI (CI=true), where everything has to be tested, it fails.
     """
-    if shutil.which(program) is None and shutil.which("apt-get") and os.geteuid() == 0:
+    if _find_program(program) is None and shutil.which("apt-get") and os.geteuid() == 0:
         _apt_install(packages)
-    found = shutil.which(program)
+    found = _find_program(program)
     if found is None:
         missing = f"{program} is missing; on Debian: apt-get install {packages}"
         if os.environ.get("CI") == "true":

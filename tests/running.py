@@ -1,15 +1,19 @@
 """What the tests of runs share: small notebooks, a driver process, and waiting for a condition."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nbprod.experiment.recording import METADATA_KEY, NOTEBOOK_NAME
+import pytest
+
+from nbprod.experiment.recording import METADATA_KEY, NOTEBOOK_NAME, read_record
+from nbprod.settings import load_settings
 
 # A cell that leaves its kernel's process number in a file and then never ends.
 ENDLESS = """
@@ -23,6 +27,49 @@ print("so far", flush=True)
 while True:
     time.sleep(0.1)
 """
+
+# Writes runs as the engine does.
+MAKE = """
+from nbprod.experiment.recording import METADATA_KEY, NOTEBOOK_NAME, write_notebook
+from nbprod.experiment.runs import runs
+from nbprod.settings import load_settings
+
+def make(name, auc=0.7, **facts):
+    path = load_settings().runs / name / NOTEBOOK_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"run": name, "status": "succeeded", "notebook": "nbs/train.ipynb", "metrics": {"auc": auc}}
+    record |= {"started": "2026-01-01T09:00:00+00:00", "params": {"depth": len(name)}}
+    record |= {"lineage": {"commit": "0a1b", "packages": {f"package-{each}": "1.0" for each in range(50)}}}
+    write_notebook(path, {"cells": [], "metadata": {METADATA_KEY: record | facts}})
+"""
+_space: dict[str, Any] = {}
+exec(MAKE, _space)
+make: Callable[..., None] = _space["make"]
+
+
+def truth() -> dict[str, Any]:
+    """The records of the project's runs as the notebooks have them."""
+    folders = load_settings().runs.iterdir()
+    return {folder.name: read_record(folder / NOTEBOOK_NAME) for folder in folders}
+
+
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    """A command of `nbprod`, with its output."""
+    code = "import sys; from nbprod.cli import main; sys.exit(main())"
+    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+
+
+def start_recording(project: Path, number: int, count: int = 10) -> subprocess.Popen[str]:
+    """A process that makes `count` runs and lists the project's after each as a user does."""
+    work = f"for each in range({count}):\n    name = f'worker{number:02}-{{each}}'\n    make(name)\n"
+    return start_driver(f"{MAKE}{work}    assert name in {{run.id for run in runs()}}, name\n", project)
+
+
+def record_and_list(project: Path) -> None:
+    """16 processes, each of which records ten runs and lists all after each; they say nothing."""
+    for worker in [start_recording(project, number) for number in range(16)]:
+        output, errors = worker.communicate(timeout=200)
+        assert (worker.returncode, output, errors) == (0, "", "")
 
 
 def write_notebook(path: Path, *sources: str, **metadata: Any) -> Path:
@@ -83,3 +130,20 @@ def alive(pid: int) -> bool:
     except (OSError, IndexError):
         return False
     return state != "Z"
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, *options: str) -> Iterator[None]:
+    """A small file system of its own on `folder`; skips where this process may not mount one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("there is no program `mount`")
+    if done.returncode != 0:
+        pytest.skip(f"a file system cannot be mounted here: {os.fsdecode(done.stderr).strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

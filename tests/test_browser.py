@@ -22,21 +22,13 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import CHROMIUM
 
 from nbprod.model.artifact import log_model
 from nbprod.serve.bento import build
 from nbprod.serve.process import start_service
 
 SCREENSHOTS = Path(__file__).resolve().parent.parent / "build"
-CHROMIUM = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 LAB = "window.jupyterapp"
 IDLE = f"{LAB}?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
 RUNNING = ".jp-InputPrompt:text('[*]')"

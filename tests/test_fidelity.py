@@ -1,4 +1,4 @@
-"""A warm run gives the notebook that papermill gives: the same cells, outputs and errors, times aside."""
+"""A run gives the notebook that papermill gives: the same cells, outputs and errors, times aside."""
 
 import contextlib
 import json
@@ -11,12 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import alive, start_driver, wait_for, write_notebook
+from running import alive, mounted, start_driver, wait_for, write_notebook
 
+from nbprod.experiment.execution import execute, open_source
 from nbprod.experiment.recording import METADATA_KEY
 from nbprod.experiment.runs import Run, runs
 from nbprod.experiment.sweeps import sweep
 
+BIG = """
+from IPython.display import HTML, display
+for _ in range(500): display(HTML("<p>" + "y" * 2_000 + "</p>"))
+"""
+TASK = """
+task = asyncio.create_task(asyncio.sleep(0, "done"))
+print(await task)
+await asyncio.gather(task, task)
+"""
+FAILING_THREAD = """
+def fail():
+    raise ValueError("in a thread")
+threading.excepthook = lambda told: print(told.exc_value)
+worker = threading.Thread(target=fail)
+worker.start()
+worker.join()
+"""
 CORPUS = {
     "figures": [
         "import matplotlib.pyplot as plt\nimport numpy as np",
@@ -36,6 +54,9 @@ CORPUS = {
         "update_display('second', display_id='here')\nhandle.update('third')",
         "print('gone'); clear_output(); print('stays')",
         "print('gone'); clear_output(wait=True); print('stays')",
+        "clear_output(wait=True)",
+        "for number in range(50): display(number, display_id=f'n{number % 3}', update=number > 2)",
+        "update_display('from a later cell', display_id='here')",
     ],
     "streams": [
         "import sys, warnings, logging, os",
@@ -53,10 +74,24 @@ CORPUS = {
     ],
     "errors": ["def share(a):\n    return 1 / a", "print('before')\nshare(0)", "print('never')"],
     "library error": ["import json", "json.loads('{')"],
+    "chained error": [
+        "try:\n    1 / 0\nexcept ZeroDivisionError as error:\n    raise KeyError('→ ü') from error",
+    ],
+    "rendered error": [
+        "class Wrong(Exception):\n    def _render_traceback_(self): return ['own words']\nraise Wrong"
+    ],
+    "interrupted": ["raise KeyboardInterrupt"],
     "exit": ["import sys", "print('bye'); sys.exit(0)"],
     "import error": ["import json, no_such_library_of_ours\njson"],
     "syntax error": ["1 +"],
-    "async": ["import asyncio", "await asyncio.sleep(0.01)\nasyncio.get_running_loop().is_running()"],
+    "async": [
+        "import asyncio",
+        "await asyncio.sleep(0.01)\nasyncio.get_running_loop().is_running()",
+        "async def count():\n    for number in range(3):\n        yield number\n"
+        "async for number in count(): print(number)",
+        TASK,
+        "async with asyncio.timeout(0.01):\n    await asyncio.sleep(9)",
+    ],
     "magics": [
         "%matplotlib inline\nimport math",
         "%%capture caught\nprint('hidden')",
@@ -64,11 +99,23 @@ CORPUS = {
         "%lsmagic\n%who",
         "%%bash\necho from bash; echo wrong >&2",
         "_1 if False else In[1], len(Out)",
+        "%%html\n<b>bold</b>",
+        "%%javascript\n1",
+        "%%script sh\nprintf 'from sh'",
+        "%env SOME_NAME=value\n%config InlineBackend.figure_formats\n%xmode Plain",
+        "%run -i nothing_of_this_name.py",
     ],
-    "shell": ["!echo one && echo two >&2", "lines = !printf 'a\\nb'\nlines", "!exit 3\n_exit_code"],
+    "shell": [
+        "!echo one && echo two >&2",
+        "lines = !printf 'a\\nb'\nlines",
+        "!exit 3\n_exit_code",
+        "!cat /dev/null; pwd | wc -l",
+    ],
     "processes": [
         "import subprocess, sys, multiprocessing",
         "subprocess.run([sys.executable, '-c', 'print(6 * 7)'], capture_output=True).stdout",
+        "subprocess.run(['sh', '-c', 'echo its own standard output'], check=True)",
+        "print(subprocess.run([sys.executable, '-c', 'raise SystemExit(4)']).returncode)",
         "with multiprocessing.get_context('fork').Pool(2) as pool:\n    print(pool.map(abs, [-1, -2]))",
         "sys.argv[0].rpartition('/')[2], len(sys.argv), sys.path[0], sys.flags.safe_path, __name__",
     ],
@@ -76,14 +123,24 @@ CORPUS = {
         "import threading, time\nfrom concurrent.futures import ThreadPoolExecutor",
         "print(list(ThreadPoolExecutor(2).map(abs, [-1, -2])), threading.active_count())",
         "worker = threading.Thread(target=lambda: print('from a thread'))\nworker.start()\nworker.join()",
+        FAILING_THREAD,
     ],
     "input": ["input('name? ')"],
-    "unicode": ["print('Zürich → 北京 🎉 \\x1b[31mred\\x1b[0m')", "'\\u2028 line', 'é'"],
-    "large": ["print('x' * 3_000_000)", "for number in range(20_000): print(number)"],
+    "getpass": ["import getpass\ngetpass.getpass('word? ')"],
+    "stdin": ["import sys\nsys.stdin.read()", "sys.stdin.readline()"],
+    "unicode": [
+        "print('Zürich → 北京 🎉 \\x1b[31mred\\x1b[0m')",
+        "'\\u2028 line', 'é'",
+        "print('\\x00 \\r over')",
+        "'נ ' + chr(0x1F468) + chr(0x200D)",
+    ],
+    "large": ["print('x' * 3_000_000)", "for number in range(20_000): print(number)", BIG],
     "widgets": [
         "import ipywidgets\nfrom tqdm.auto import tqdm",
-        "ipywidgets.IntSlider(3)",
+        "slider = ipywidgets.IntSlider(3, description='depth')\nslider",
+        "slider.value = 5\nslider.observe(lambda change: print(change['new']), 'value')\nslider.value = 6",
         "tqdm.__module__",
+        "for _ in tqdm(range(3), desc='epochs'): pass",
     ],
     "surroundings": [
         "import os, signal, sys",
@@ -100,13 +157,21 @@ VARYING = {
     r"0x[0-9a-f]{6,}": "ADDRESS",
     r"/tmp/ipykernel_\d+/\d+\.py": "CELL",
     r"sk-container-id-\d+|sk-estimator-id-\d+": "ESTIMATOR",
-    r"\b[0-9a-f]{32}\b": "MODEL",
+    r"(IPY_MODEL_|\b)[0-9a-f]{32}\b": "MODEL",
     r"\x1b\[[0-9;]*m": "",
+    r"\d\d:\d\d&lt;\d\d:\d\d,\s[0-9.?]+it/s": "SPEED",
 }
 
 
 def plain(outputs: list[dict[str, Any]]) -> Any:
-    """Outputs without what is different in any two executions; a stream is one text, however it was cut."""
+    """Outputs without what is different in any two executions by papermill.
+
+    Outputs with text reach it in the order in which threads and pipes of the kernel let them go. Of nine
+    executions of one notebook on a busy machine, up to four differed from the first: in where a stream is
+    cut; in whether `os.system` comes before or after the result of its cell; in the order of what goes to
+    standard output and to standard error. So a stream is one text here, at the place of its first piece,
+    and standard error is the last; the rest is compared in its order.
+    """
     joined: list[dict[str, Any]] = []
     for output in outputs:
         output = dict(output)
@@ -138,6 +203,14 @@ def cells_of(path: Path) -> list[dict[str, Any]]:
     ]
 
 
+def about(path: Path) -> Any:
+    """The language of an executed notebook, and the state of its widgets, whose ids are drawn by lot."""
+    metadata = json.loads(path.read_text(encoding="utf-8"))["metadata"]
+    widgets = metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {})
+    states = plain([{"output_type": "state", **state} for state in widgets.get("state", {}).values()])
+    return metadata["language_info"], sorted(json.dumps(state, sort_keys=True) for state in states)
+
+
 def by_papermill(notebook: Path, output: Path, project: Path) -> None:
     """Execute with papermill's command line, in an ordinary kernel that has the project on its path."""
     code = "import os, sys; os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [sys.argv.pop(), "
@@ -157,12 +230,33 @@ def warm_runs(notebook: Path) -> list[Run]:
 
 
 @pytest.mark.parametrize("name", CORPUS)
-def test_warm_run_equals_papermill(project: Path, name: str) -> None:
+def test_a_run_equals_papermill(project: Path, name: str) -> None:
+    """A single run, and two of a sweep, whose kernels are forked."""
     notebook = write_notebook(project / "nbs" / "cells.ipynb", "seed = 0", *CORPUS[name])
     expected = project / "nbs" / "expected.ipynb"
     by_papermill(notebook, expected, project)
-    for run in warm_runs(notebook):
+    single = execute(open_source(notebook), {"seed": 0})
+    for run in (single, *warm_runs(notebook)):
         assert cells_of(run.path) == cells_of(expected)
+        assert about(run.path) == about(expected)
+
+
+ASKING_WIDGETS = """
+page = ipywidgets.Output()
+with page:
+    print("inside")
+@ipywidgets.interact(depth=2)
+def show(depth):
+    print("depth", depth)
+"""
+
+
+def test_widgets_whose_cells_ask_the_client(project: Path) -> None:
+    """papermill itself waits for ever in one of some twenty such cells: there is nothing to compare with."""
+    cells = ["import ipywidgets", *[ASKING_WIDGETS] * 100, "'the end'"]
+    notebook = write_notebook(project / "nbs" / "asking.ipynb", "seed = 0", *cells)
+    for run in (execute(open_source(notebook), {"seed": 0}, timeout=120), *warm_runs(notebook)):
+        assert run.status == "succeeded" and "the end" in run.path.read_text()
 
 
 def test_runs_do_not_draw_the_same_numbers(project: Path) -> None:
@@ -257,9 +351,40 @@ def test_killed_warm_run(project: Path, victim: str) -> None:
     wait_for(lambda: {run.status for run in runs()} == {ended}, "the records", 10)
 
 
-def test_papermill_finds_the_engine(tmp_path: Path) -> None:
-    """`papermill --engine nbprod` on a notebook of no project."""
-    notebook = write_notebook(tmp_path / "any.ipynb", "seed = 0", "print(seed + 1)")
-    command = ["papermill", "--engine", "nbprod", "-k", "python3", "-l", "python", "-p", "seed", "41"]
-    subprocess.run([*command, str(notebook), str(tmp_path / "out.ipynb")], check=True, capture_output=True)
+def papermill(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """papermill's own command line in a folder."""
+    command = ["papermill", *words, "-k", "python3", "-l", "python", "--no-progress-bar"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("cell", ["print(seed + 1, name)", "print('before')\n1 / 0"])
+def test_papermill_with_our_engine(tmp_path: Path, cell: str) -> None:
+    """On a notebook of no project: what its own engine gives, also of an error, and no file besides."""
+    outputs, statuses = [], []
+    for engine in ("nbclient", "nbprod"):
+        folder = tmp_path / engine
+        folder.mkdir()
+        write_notebook(folder / "any.ipynb", "seed = 0\nname = ''", "import os", cell)
+        words = ["any.ipynb", "out.ipynb", "--engine", engine, "-p", "seed", "41", "-r", "name", "00123"]
+        done = papermill(folder, *words)
+        statuses.append((done.returncode, "ZeroDivisionError" in done.stderr))
+        assert sorted(path.name for path in folder.iterdir()) == ["any.ipynb", "out.ipynb"]
+        metadata = json.loads((folder / "out.ipynb").read_text())["metadata"]
+        assert metadata["papermill"]["parameters"] == {"seed": 41, "name": "00123"}
+        outputs.append((cells_of(folder / "out.ipynb"), about(folder / "out.ipynb"), sorted(metadata)))
+    assert outputs[0] == outputs[1] and statuses[0] == statuses[1]
+    assert statuses[0] == ((1, True) if "1 / 0" in cell else (0, False))
+    if "1 / 0" not in cell:
+        assert outputs[1][0][-1]["outputs"][0]["text"] == "42 00123\n"
+
+
+def test_papermill_with_our_engine_where_nothing_can_be_written(tmp_path: Path) -> None:
+    """Neither in the current folder nor beside the notebook is anything made."""
+    with mounted(tmp_path / "only-read", "size=1M"):
+        write_notebook(tmp_path / "only-read" / "any.ipynb", "seed = 0", "print(seed + 1)")
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "only-read")], check=True)
+        words = ["any.ipynb", str(tmp_path / "out.ipynb"), "--engine", "nbprod", "-p", "seed", "41"]
+        done = papermill(tmp_path / "only-read", *words)
+        assert done.returncode == 0, done.stderr
+        assert [path.name for path in (tmp_path / "only-read").iterdir()] == ["any.ipynb"]
     assert cells_of(tmp_path / "out.ipynb")[-1]["outputs"][0]["text"] == "42\n"

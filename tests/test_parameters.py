@@ -1,15 +1,13 @@
 """Values on their way into a kernel: none changes, and none that would change is let in."""
 
+import csv
 import enum
-import html
 import json
 import traceback
-from base64 import b64encode
 from datetime import UTC, date, datetime, timedelta, timezone
 from pathlib import Path
 from types import NoneType
 from typing import Any
-from urllib.parse import quote, quote_plus
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -18,7 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as some
 from running import write_notebook
 
-from nbprod.cli import main
+from nbprod.cli import main, read_tried_file, tried_text
 from nbprod.errors import ParameterError
 from nbprod.experiment.execution import fresh_notebook, inject, open_source, run
 from nbprod.experiment.parameter_file import read_file
@@ -30,6 +28,7 @@ from nbprod.experiment.parameters import (
     parse_texts,
     read_parameters,
 )
+from nbprod.experiment.plans import make_plan, recorded_plan
 
 
 def parameters(source: str) -> list[Any]:
@@ -309,13 +308,59 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @OFTEN
 @given(pair=ANY)
+@example(pair=("dict[date, Path | None]", {date(2000, 1, 1): Path("NONE")}))
 def test_any_value_arrives_from_yaml(pair: tuple[str, Any], file: Path) -> None:
     source, value = pair
-    for grid in (False, True):
-        document = {"x": [as_yaml(value)] if grid else as_yaml(value)}
+    file.write_text(yaml.safe_dump({"x": as_yaml(value)}, sort_keys=False), encoding="utf-8")
+    assert exactly(arrived(read_file(file, PARAMETERS[source]))) == exactly(unfolded(value))
+
+
+@OFTEN
+@given(ANY)
+@example(("str", "1..9"))
+def test_any_value_arrives_by_a_sweep_from_a_command_line(pair: tuple[str, Any]) -> None:
+    source, value = pair
+    [parameter], text = PARAMETERS[source], as_text(value)
+    one = not text.startswith("[") and "," not in text
+    for given_text in [json.dumps([text])] + ([text] if one else []):
+        [read] = tried_text(parameter, given_text)
+        assert exactly(arrived({"x": read})) == exactly(unfolded(value))
+
+
+@OFTEN
+@given(pair=ANY)
+def test_any_value_arrives_by_a_sweep_from_yaml(pair: tuple[str, Any], file: Path) -> None:
+    source, value = pair
+    for document in ({"x": [as_yaml(value)]}, [{"x": as_yaml(value)}]):
         file.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
-        read = read_file(file, PARAMETERS[source], grid=grid)["x"]
-        assert exactly(arrived({"x": read[0] if grid else read})) == exactly(unfolded(value))
+        read = read_tried_file(file, PARAMETERS[source])
+        [values] = make_plan(PARAMETERS[source], read).values() or []
+        assert exactly(arrived(values)) == exactly(unfolded(value))
+
+
+@OFTEN
+@given(pair=ANY)
+def test_any_value_arrives_by_a_sweep_from_csv(pair: tuple[str, Any], file: Path) -> None:
+    source, value = pair
+    table = file.with_suffix(".csv")
+    with table.open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream).writerows([["x"], [as_text(value)]])
+    [values] = read_tried_file(table, PARAMETERS[source])
+    assert exactly(arrived(values)) == exactly(unfolded(value))
+
+
+@OFTEN
+@given(ANY)
+@example(("float", -0.0))
+def test_any_value_arrives_by_a_sweep_from_python_and_by_its_record(pair: tuple[str, Any]) -> None:
+    source, value = pair
+    for tried in ({"x": [value]}, [{"x": value}]):
+        plan = make_plan(PARAMETERS[source], tried)
+        [values] = plan.values() or []
+        assert exactly(arrived(values)) == exactly(value)
+        recorded = json.loads(json.dumps(plan.as_dict(), allow_nan=False))
+        [again] = recorded_plan(PARAMETERS[source], recorded).values() or []
+        assert exactly(arrived(again)) == exactly(unfolded(value))
 
 
 @OFTEN
@@ -385,6 +430,24 @@ def test_a_value_of_every_type_arrives_in_a_kernel(project: Path, capsys: pytest
     assert executed["metadata"]["papermill"]["parameters"] == finished["params"]
 
 
+def test_a_value_of_every_type_arrives_by_a_sweep(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ", ".join([*"abcdefghijkl", "m_n"])
+    send = f"import json\nprint(json.dumps([repr(each) for each in [{names}]]))"
+    notebook = write_notebook(project / "nbs" / "echo.ipynb", OF_ALL_TYPES, send)
+    given = {name.replace("-", "_"): value for name, value in GIVEN.items()}
+    with (project / "trials.csv").open("w", newline="") as table:
+        csv.writer(table).writerows([list(given), list(given.values())])
+    assert main(["sweep", str(notebook), "-f", "trials.csv", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)["runs"]
+    options = [f"--{name}={json.dumps([value])}" for name, value in GIVEN.items()]
+    assert main(["sweep", str(notebook), *options, "--json"]) == 0
+    made += json.loads(capsys.readouterr().out)["runs"]
+    for run_made in made:
+        [*_, last] = json.loads(Path(run_made["path"]).read_text())["cells"]
+        assert json.loads("".join(last["outputs"][0]["text"])) == ARRIVED
+    assert len(made) == 2
+
+
 def test_help_shows_the_parameters(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     notebook = write_notebook(project / "nbs" / "echo.ipynb", OF_ALL_TYPES + "day = date.today()\njobs = 2\n")
     for verb in ("run", "sweep"):
@@ -414,53 +477,6 @@ def test_a_notebook_of_another_language_is_left_to_papermill(project: Path) -> N
     notebook = write_notebook(project / "nbs" / "r.ipynb", "x = 1", **language)
     source = open_source(notebook)
     assert len(inject(fresh_notebook(source, {}), {"x": 2})["cells"]) == 1
-
-
-SECRET = "p&ss'w\"örd <+/ 4711"
-SPILL = """
-import base64, json, logging, os, subprocess, sys, time, urllib.parse, nbprod
-from IPython.display import HTML, JSON, display
-from pydantic import SecretStr
-value = password.get_secret_value()
-assert value == os.environ["DB_PASSWORD"] and value not in repr(password)
-print(value, repr(value), json.dumps(value), json.dumps(value, ensure_ascii=False))
-print(value, file=sys.stderr)
-logging.warning(value)
-os.write(1, value.encode())
-os.write(2, value.encode())
-subprocess.run(["printenv", "DB_PASSWORD"])
-for letter in value:
-    print(letter, end="", flush=True)
-    time.sleep(0.01)
-display(HTML(f"<b>{value}</b>"), JSON({value: [value]}), value, urllib.parse.quote(value))
-print(urllib.parse.quote_plus(value), base64.b64encode(value.encode()).decode(), token.get_secret_value())
-nbprod.log_metrics(**{value: 1.0})
-"""
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_no_secret_is_in_anything_that_a_run_wrote(
-    project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fails: bool
-) -> None:
-    monkeypatch.setenv("DB_PASSWORD", SECRET)
-    monkeypatch.setenv("TOKEN", "t0ken-of-the-default")
-    cell = (
-        "import os\nfrom pydantic import SecretStr\npassword: SecretStr | None = None\n"
-        "token: SecretStr = SecretStr(os.environ['TOKEN'])"
-    )
-    last = "raise ValueError(value)" if fails else "value"
-    notebook = write_notebook(project / "nbs" / "secret.ipynb", cell, SPILL, last)
-    assert main(["run", str(notebook), "-p", "password=env:DB_PASSWORD", "--json"]) == (1 if fails else 0)
-    said = "".join(capfd.readouterr())
-    written = {path: path.read_bytes() for path in project.rglob("*") if path.is_file()}
-    executed = next(text for path, text in written.items() if path.name == "notebook.ipynb")
-    assert executed.count(b"**********") > 15 and b"env:DB_PASSWORD" in executed
-    shown = [SECRET, repr(SECRET)[1:-1], json.dumps(SECRET)[1:-1], html.escape(SECRET), "t0ken", "w\\u00f6rd"]
-    shown += [json.dumps(text, ensure_ascii=False)[1:-1] for text in shown]
-    shown += [quote(SECRET), quote_plus(SECRET), b64encode(SECRET.encode()).decode(), "ss'w", "4711"]
-    for text in shown:
-        assert text not in said
-        assert [str(path) for path, content in written.items() if text.encode() in content] == []
 
 
 def test_a_secret_is_given_by_name_only(

@@ -4,62 +4,24 @@ import json
 import random
 import signal
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from running import start_driver, wait_for, write_notebook
+from running import command, make, record_and_list, start_driver, truth, wait_for, write_notebook
 
+from nbprod.experiment import database
 from nbprod.experiment import index as index_module
 from nbprod.experiment.execution import run
 from nbprod.experiment.index import records
-from nbprod.experiment.recording import NOTEBOOK_NAME, read_record
+from nbprod.experiment.recording import read_record
 from nbprod.experiment.runs import runs
 from nbprod.settings import load_settings
-
-# Writes runs as the engine does, and lists them after each as a user does.
-MAKE = """
-import sys
-from nbprod.experiment.recording import METADATA_KEY, NOTEBOOK_NAME, write_notebook
-from nbprod.experiment.runs import runs
-from nbprod.settings import load_settings
-
-def make(name, auc=0.7):
-    path = load_settings().runs / name / NOTEBOOK_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"run": name, "status": "succeeded", "notebook": "nbs/train.ipynb", "metrics": {"auc": auc}}
-    record |= {"started": "2026-01-01T09:00:00+00:00", "params": {"depth": len(name)}}
-    record |= {"lineage": {"commit": "0a1b", "packages": {f"package-{each}": "1.0" for each in range(50)}}}
-    write_notebook(path, {"cells": [], "metadata": {METADATA_KEY: record}})
-"""
-space: dict[str, Any] = {}
-exec(MAKE, space)
-make = space["make"]
-
-
-def truth() -> dict[str, Any]:
-    """The records as the notebooks have them."""
-    folders = load_settings().runs.iterdir()
-    return {folder.name: read_record(folder / NOTEBOOK_NAME) for folder in folders}
-
-
-def command(*words: str) -> subprocess.CompletedProcess[str]:
-    """A command of `nbprod`, with its output."""
-    code = "import sys; from nbprod.cli import main; sys.exit(main())"
-    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
 
 
 def test_many_processes_lose_nothing(project: Path) -> None:
     """16 processes record and list at once; each sees its own at once, and the index ends with all."""
-    work = "\nfor number in range(10):\n    name = f'{sys.argv[1]}-{number}'\n    make(name)\n"
-    work += "    assert name in {run.id for run in runs()}, name\n"
-    code = f"import sys; sys.argv[1:] = ['{{}}']\n{MAKE}{work}"
-    workers = [start_driver(code.replace("{}", f"worker{each:02}"), project) for each in range(16)]
-    for worker in workers:
-        output, errors = worker.communicate(timeout=200)
-        assert (worker.returncode, output, errors) == (0, "", "")
+    record_and_list(project)
     assert len(runs()) == 160 and records(load_settings()) == truth()
     with sqlite3.connect(project / ".nbprod" / "index.sqlite") as connection:
         assert connection.execute("SELECT count(*) FROM nbprod_records_1").fetchone() == (160,)
@@ -146,7 +108,7 @@ def test_locked_index(
     """A writer that never ends makes listings say so, and not fail."""
     make("first")
     assert len(runs()) == 1
-    monkeypatch.setattr(index_module, "PATIENCE", 0.2)
+    monkeypatch.setattr(database, "PATIENCE", 0.2)
     writer = sqlite3.connect(project / ".nbprod" / "index.sqlite", isolation_level=None)
     writer.execute("BEGIN IMMEDIATE")
     assert len(runs()) == 1 and caplog.text == ""
@@ -158,7 +120,7 @@ def test_locked_index(
 
 def _opened() -> tuple[Any, str]:
     settings = load_settings()
-    return index_module.open_engine(settings), str(settings.store)
+    return database.open_engine(settings), str(settings.store)
 
 
 def test_interrupted_run_is_found(project: Path) -> None:
@@ -190,6 +152,33 @@ def test_conditions_on_the_command_line(project: Path) -> None:
     assert done.returncode == 2 and not (project / "made").exists()
 
 
+@pytest.mark.usefixtures("project")
+def test_columns_on_the_command_line() -> None:
+    for name, auc in (("a", 0.6), ("bb", 0.75), ("ccc", 0.8123)):
+        make(name, auc, seconds=125.2, models=[f"delay:{name}"], data={"train": {"rows": 1000}})
+    wanted = "id,auc,params.depth,lineage.commit,run.seconds,data.train.rows"
+    done = command("runs", "--sort", "-auc", "--columns", wanted, "--limit", "2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split() for line in done.stdout.splitlines()] == [
+        wanted.split(","),
+        ["ccc", "0.8123", "3", "0a1b", "2", "min", "5", "s", "1000"],
+        ["bb", "0.7500", "2", "0a1b", "2", "min", "5", "s", "1000"],
+    ]
+    done = command("runs", "--columns", "started, models", "--limit", "1", "--json")
+    assert json.loads(done.stdout) == [{"started": "2026-01-01T09:00:00+00:00", "models": ["delay:ccc"]}]
+    assert runs(sort="auc").frame(["id", "auc"]).to_dict("list") == {
+        "id": ["a", "bb", "ccc"],
+        "auc": [0.6, 0.75, 0.8123],
+    }
+    done = command("runs", "--columns", "id,lineage.comit")
+    assert done.returncode == 2 and "Did you mean 'lineage.commit'?" in done.stderr
+    for wrong in (["--columns", ","], ["--limit", "0"], ["--limit", "many"]):
+        assert command("runs", *wrong).returncode == 2
+    assert command("runs", "--columns", "id,auc", "--where", "auc > 1").stdout == "id  auc\n"
+    make("dddd", seconds=None, params={"columns": ["a"] * 1000})
+    assert "columns=a,a,a,a,a,… (1000)" in command("runs").stdout
+
+
 def test_compare_on_the_command_line(project: Path) -> None:
     cell = "from nbprod.experiment.recording import log_data, log_metrics\nimport pandas as pd\n"
     cell += "log_data('train', pd.DataFrame({'depth': [depth]}))\nlog_metrics(share=1 / depth)"
@@ -201,6 +190,51 @@ def test_compare_on_the_command_line(project: Path) -> None:
     names = [(each["kind"], each["name"], each["left"], each["right"]) for each in told["differences"]]
     assert names[:2] == [("params", "depth", 1, 2), ("metrics", "share", 1.0, 0.5)]
     assert [name[:2] for name in names[2:]] == [("data", "train.sha256")]
+    assert command("compare", first.id, first.id).stdout == "Nothing differs.\n"
     assert command("compare", first.id, second.id).stdout.startswith("kind     name")
     done = command("compare", first.id, "2020")
     assert done.returncode == 2 and "is not in" in done.stderr
+
+
+def test_compare_names_changed_code(project: Path) -> None:
+    """A module of the project that changed is code, as the patch that holds the change is."""
+    (project / "own.py").write_text("DEPTH = 1\n")
+    notebook = write_notebook(project / "nbs" / "train.ipynb", "seed = 1", "from own import DEPTH")
+    first = run(notebook, progress=False)
+    (project / "own.py").write_text("DEPTH = 2\n")
+    second = run(notebook, progress=False)
+    found = json.loads(command("compare", first.id, second.id, "--json").stdout)["differences"]
+    assert {"modules.own", "patch.sha256", "library_sha256"} == {each["name"] for each in found}
+    assert {each["kind"] for each in found} == {"code"}
+
+
+def test_show_tells_what_made_a_run(project: Path) -> None:
+    cell = "from nbprod.experiment.recording import log_data\nimport pandas as pd\n"
+    cell += "log_data('train', pd.DataFrame({'depth': [depth]}))\nraise ValueError('too deep')"
+    write_notebook(project / "nbs" / "train.ipynb", "depth = 1", cell)
+    assert command("run", "nbs/train.ipynb").returncode == 1
+    told = command("show", runs()[0].id).stdout.splitlines()
+    lines = {line[:10].strip(): line[10:] for line in told}
+    assert lines["error"].startswith("cell ") and lines["error"].endswith("ValueError: too deep")
+    assert lines["code"].startswith("commit ") and "changes.patch" in lines["code"]
+    assert lines["data"].startswith("train: 1 rows, ") and lines["made with"].startswith("python 3.")
+
+
+def test_misspelled_options_get_a_suggestion(project: Path) -> None:
+    write_notebook(project / "nbs" / "train.ipynb", "learning_rate = 1")
+    for words in (
+        ["run", "nbs/train.ipynb", "--learning-rat", "2"],
+        ["run", "nbs/train.ipynb", "--timeot=3"],
+    ):
+        done = command(*words)
+        assert done.returncode == 2 and "Did you mean '--" in done.stderr
+    assert "Did you mean '--columns'?" in command("runs", "--colums", "id").stderr and not runs()
+
+
+def test_members_of_an_enum_are_named(project: Path) -> None:
+    source = "from enum import Enum\nclass Color(Enum):\n    RED = 1\n    BLUE = 2\ncolor: Color = Color.RED"
+    write_notebook(project / "nbs" / "train.ipynb", source)
+    asked = [["run", "nbs/train.ipynb", "--help"], ["params", "nbs/train.ipynb"]]
+    asked += [["run", "nbs/train.ipynb", "-p", "color=green"]]
+    for done in (command(*words) for words in asked):
+        assert "Color (RED, BLUE)" in done.stdout + done.stderr

@@ -14,7 +14,7 @@ from .runs import Run, load_run, show
 from ..settings import Settings
 
 # %% auto #0
-__all__ = ['CODE', 'flat', 'facts_of', 'Difference', 'brief', 'Differences', 'compare']
+__all__ = ['CODE', 'ELSEWHERE', 'flat', 'facts_of', 'Difference', 'brief', 'Differences', 'compare']
 
 # %% ../../nbs/experiment/differences.ipynb #fa892802
 def flat(values: Mapping[str, Any], front: str = "") -> dict[str, Any]:
@@ -25,18 +25,19 @@ def flat(values: Mapping[str, Any], front: str = "") -> dict[str, Any]:
     return found
 
 # %% ../../nbs/experiment/differences.ipynb #4f1c65f7
-CODE = ("notebook_sha256", "commit", "dirty")
+CODE = ("notebook_sha256", "commit", "dirty", "patch", "library_sha256", "modules")
+ELSEWHERE = ("packages", "seed")  # the seed is a parameter
 
 
 def facts_of(run: Run) -> dict[str, dict[str, Any]]:
     """Everything that can differ between two runs, by kind and name."""
     packages = run.lineage.get("packages") or {}
-    rest = {name: value for name, value in run.lineage.items() if name not in (*CODE, "packages")}
+    rest = {name: value for name, value in run.lineage.items() if name not in (*CODE, *ELSEWHERE)}
     code = {"notebook": run.notebook} | {name: run.lineage.get(name) for name in CODE}
     return {
         "params": run.params,
         "metrics": run.metrics,
-        "code": code,
+        "code": flat(code),
         "data": flat(run.data),
         "environment": flat(rest),
         "packages": packages,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import platform
 import secrets
@@ -17,9 +18,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from ..errors import CellError, RunError, UsageError
+from ..errors import CellError, ParameterError, RunError, UsageError
+from .changes import PATCH_NAME
 from .kernels import WarmKernels
 from .lineage import lineage
 from .notebook import parse_notebook, read_content
@@ -27,16 +29,18 @@ from .pool import warm_kernels
 from .parameters import TAG, Parameter, check_values, effective_values
 from .parameters import injected_cell, notebook_parameters, secret_variables
 from .progress import Listener, cell_progress
-from .recording import METADATA_KEY, NOTEBOOK_NAME, read_record, write_notebook
+from .recording import METADATA_KEY, NOTEBOOK_NAME, read_record, unwritable, write_notebook
 from .runs import INTERRUPTED, STAGED, Run, close_record, run_from_record
+from .sharing import publish
 from .supervision import CANCELLED, Worker, close, follow, start_worker
 from .values import plain
 from ..files import hold
 from ..settings import Settings, find_project, load_settings
 
 # %% auto #0
-__all__ = ['LEFTOVERS', 'LOG_NAME', 'Source', 'open_source', 'storing', 'new_id', 'make_folder', 'fresh_notebook', 'inject',
-           'Trial', 'first_record', 'settle', 'on_success', 'announce', 'kernels_for', 'execute', 'run_failure', 'run']
+__all__ = ['LEFTOVERS', 'LOG_NAME', 'ATTEMPTS', 'LOGGER', 'Source', 'open_source', 'storing', 'new_id', 'make_folder',
+           'fresh_notebook', 'inject', 'Trial', 'first_record', 'settle', 'on_success', 'announce', 'Errand',
+           'kernels_for', 'set_aside', 'is_retried', 'execute', 'run_failure', 'run']
 
 # %% ../../nbs/experiment/execution.ipynb #b04c1d90
 @dataclass(frozen=True)
@@ -66,7 +70,11 @@ def open_source(notebook: str | Path, settings: Settings | None = None) -> Sourc
     if not path.exists() and root and (root / path).exists():
         path = root / path
     content, path = read_content(path), path.resolve()
-    parameters = notebook_parameters(parse_notebook(content, path), path)
+    parsed = parse_notebook(content, path)
+    if parsed.get("nbformat") != 4:
+        form = f"{path} is in the notebook format {parsed.get('nbformat')!r}, not 4"
+        raise ParameterError(f"{form}. Open and save it in JupyterLab first.")
+    parameters = notebook_parameters(parsed, path)
     if settings is None:
         settings = load_settings(path.parent if find_project(path.parent) else None)
     return Source(path, content, parameters, settings)
@@ -78,9 +86,7 @@ def storing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        message = f"The store cannot be written: {path}: {reason}. Make room, or set another `store`."
-        raise RunError(message) from error
+        raise RunError(unwritable(path, error)) from error
 
 # %% ../../nbs/experiment/execution.ipynb #690130eb
 def new_id(now: datetime) -> str:
@@ -177,6 +183,7 @@ def first_record(
         "models": [],
         "cells": [],
         "error": None,
+        "attempts": [],
         "started": datetime.now(UTC).isoformat(),
         "ended": None,
         "seconds": None,
@@ -196,6 +203,8 @@ def _unfinished(worker: Worker, log: Path) -> tuple[str, str]:
         return worker.reason["status"], worker.reason["error"]
     if code < 0:
         return "interrupted", f"{INTERRUPTED} ({signal.Signals(-code).name})"
+    if worker.failure is not None:
+        return "failed", worker.failure["error"]
     lines = log.read_text(errors="replace").split("\n") if log.exists() else []
     last = next((line.strip() for line in reversed(lines) if line.strip()), f"exit status {code}")
     return "failed", f"The process that executed it failed: {last}"
@@ -245,9 +254,23 @@ def announce(run: Run, settings: Settings) -> None:
             close_record(run.path, "failed", reason)
         raise RunError(f"Run {run.id} failed. {reason}\n  executed notebook: {run.path}", run.path) from error
 
+# %% ../../nbs/experiment/execution.ipynb #5c1f0a73
+@dataclass(frozen=True)
+class Errand:
+    """A run that was begun elsewhere: the folder to execute it in, and the record that it has there."""
+
+    folder: Path
+    record: Mapping[str, Any]
+
+    def begin(self) -> dict[str, Any]:
+        """The record of the run as it starts here, now."""
+        return {**self.record, "started": datetime.now(UTC).isoformat(), "host": platform.node()}
+
 # %% ../../nbs/experiment/execution.ipynb #9c18111e
-def _task(source: Source, values: Mapping[str, Any], folder: Path, scratch: str) -> dict[str, Any]:
-    """What a worker has to know."""
+def _task(
+    source: Source, values: Mapping[str, Any], folder: Path, scratch: str, **more: Any
+) -> dict[str, Any]:
+    """What a worker has to know; `more` are its `threads` and whether to `stream` outputs."""
     notebook = parse_notebook(source.content, source.path)
     kernel, language = (notebook.get("metadata") or {}).get("kernelspec") or {}, _language(notebook)
     given = {name: plain(value) for name, value in values.items()}
@@ -262,6 +285,7 @@ def _task(source: Source, values: Mapping[str, Any], folder: Path, scratch: str)
         "values": {} if language == "python" else given,
         "kernel": kernel.get("name") or "python3",
         "language": language,
+        **more,
     }
 
 # %% ../../nbs/experiment/execution.ipynb #d9dcdfcc
@@ -277,48 +301,118 @@ def kernels_for(
     language = _task(source, {}, source.path, "")["language"]
     return warm_kernels(texts, language, source.settings.root, source.path.parent, threads)
 
+# %% ../../nbs/experiment/execution.ipynb #75acc7e3
+def _attempt(
+    source: Source,
+    values: Mapping[str, Any],
+    record: Mapping[str, Any],
+    path: Path,
+    lock: int | None,
+    warm: WarmKernels | str,
+    *,
+    timeout: float | None,
+    cancelled: threading.Event,
+    on_event: Listener,
+    **more: Any,
+) -> tuple[Run, bool]:
+    """Execute the notebook once: the run as it ended, and whether another attempt would fail likewise."""
+    with storing(path):
+        write_notebook(path, inject(fresh_notebook(source, record), values))
+    with tempfile.TemporaryDirectory(prefix="nbprod-", ignore_cleanup_errors=True) as scratch:
+        task = _task(source, values, path.parent, scratch, **more)
+        if task["secrets"]:  # an ordinary kernel's own output can be thrown away as a whole
+            warm = "it has secrets"
+        cold = warm if isinstance(warm, str) else warm.reason
+        start = start_worker if isinstance(warm, str) or cold else warm.start
+        log = path.with_name(LOG_NAME)
+        with storing(log):
+            worker = Worker(task | {"cold": cold}, log, lock, start)
+        try:
+            follow(worker, timeout, cancelled, on_event)
+        finally:
+            close(worker)
+    return settle(worker, path), worker.lasting
+
+# %% ../../nbs/experiment/execution.ipynb #bea81743
+ATTEMPTS = "attempts"
+
+
+def set_aside(run: Run) -> list[dict[str, Any]]:
+    """Keep an attempt that failed in a folder of its own; all that were kept, for the next one's record."""
+    number = str(len(run.attempts) + 1)
+    making = run.folder / ATTEMPTS / f".{number}"
+    making.mkdir(parents=True)
+    for child in run.folder.iterdir():
+        if child.name in {NOTEBOOK_NAME, PATCH_NAME}:
+            shutil.copy2(child, making)
+        elif child.name != ATTEMPTS:
+            child.rename(making / child.name)
+    making.rename(making.with_name(number))
+    facts = {"status": run.status, "error": run.error, "started": run.started.isoformat()}
+    return [*run.attempts, facts | {"seconds": run.seconds}]
+
+# %% ../../nbs/experiment/execution.ipynb #066fe05a
+LOGGER = logging.getLogger("nbprod")
+
+
+def is_retried(run: Run, retries: int, lasting: bool) -> bool:
+    """Whether another attempt is to follow; if so, say it. A `lasting` failure would only be met again."""
+    again = run.status in {"failed", "interrupted"} and not lasting and len(run.attempts) < retries
+    if again:
+        attempt, of = len(run.attempts) + 1, retries + 1
+        error = str((run.error or {}).get("error")).partition("\n")[0]
+        ended = "failed" if run.status == "failed" else f"was {run.status}"
+        text = "nbprod: attempt %d of %d of run %s %s and is executed again. %s"
+        LOGGER.warning(text, attempt, of, run.id, ended, error)
+    return again
+
 # %% ../../nbs/experiment/execution.ipynb #46cd3f26
 def execute(
     source: Source,
     values: Mapping[str, Any],
     *,
     timeout: float | None = None,
+    retries: int = 0,
+    stream: bool = False,
     trial: Trial | None = None,
     threads: int | None = None,
     cancelled: threading.Event | None = None,
     on_event: Listener = lambda _: None,
     warm: WarmKernels | str = "it was not asked for",
+    errand: Errand | None = None,
 ) -> Run:
     """Execute a notebook with values that were checked, and return the run however it ended.
 
+    `timeout` is in seconds, for each of up to `retries` + 1 attempts; with `stream`, outputs are events too.
     `threads` is how many threads a numeric library may use in it; setting `cancelled` stops it; `warm` are
-    kernels that it may use, or the reason why there are none. Raises `RunError` if the record cannot be
-    written or a listener fails.
+    kernels that it may use, or the reason why there are none; `errand` is that of another machine. Raises
+    `RunError` if the record cannot be written, a listener fails, or the run cannot be shared.
     """
-    folder = make_folder(source.settings, datetime.now(UTC))
+    folder = errand.folder if errand else make_folder(source.settings, datetime.now(UTC))
+    cancelled = cancelled or threading.Event()
     path, lock = folder / NOTEBOOK_NAME, hold(folder)
+    how: dict[str, Any] = {"timeout": timeout, "cancelled": cancelled, "on_event": on_event}
+    how |= {"threads": threads, "stream": stream}
+    attempts: list[dict[str, Any]] = []
     try:
-        with storing(path):
-            fresh = fresh_notebook(source, first_record(source, values, folder, trial))
-            write_notebook(path, inject(fresh, values))
-        with tempfile.TemporaryDirectory(prefix="nbprod-", ignore_cleanup_errors=True) as scratch:
-            task = _task(source, values, folder, scratch) | {"threads": threads}
-            if task["secrets"]:  # an ordinary kernel's own output can be thrown away as a whole
-                warm = "it has secrets"
-            cold = warm if isinstance(warm, str) else warm.reason
-            task |= {"cold": cold}
-            start = start_worker if isinstance(warm, str) or cold else warm.start
-            with storing(folder / LOG_NAME):
-                worker = Worker(task, folder / LOG_NAME, lock, start)
-            try:
-                follow(worker, timeout, cancelled or threading.Event(), on_event)
-            finally:
-                close(worker)
-        run = settle(worker, path)
+        while True:
+            with storing(path):
+                record = errand.begin() if errand else first_record(source, values, folder, trial)
+            record = {**record, "attempts": attempts}
+            run, lasting = _attempt(source, values, record, path, lock, warm, **how)
+            if cancelled.is_set() or not is_retried(run, retries, lasting):
+                break
+            with storing(path):
+                attempts = set_aside(run)
+        if errand is not None:
+            return run
         if run.status == "succeeded":
             announce(run, source.settings)
+        publish(run, source.settings)
         return run
     finally:
+        if not path.exists():  # it could not even be begun
+            shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
 
@@ -340,6 +434,8 @@ def run(
     parameters: Mapping[str, Any] | None = None,
     *,
     timeout: float | None = None,
+    retries: int = 0,
+    stream: bool | TextIO = False,
     progress: bool | None = None,
     settings: Settings | None = None,
     **values: Any,
@@ -347,7 +443,10 @@ def run(
     """Execute a notebook from top to bottom, in a fresh kernel, and record it.
 
     Parameters of the notebook are given by name or, where a name is taken by this function, in `parameters`.
-    `timeout` is in seconds for the whole run. `progress` is by default shown to whoever watches.
+    `timeout` is in seconds for the whole run; one that fails, is killed or takes too long is executed again
+    from zero up to `retries` times, each attempt with this timeout. With `stream`, what the cells print is
+    printed as it comes, to standard output and error or all of it to the file that is given. `progress` is by
+    default shown to whoever watches.
 
     Raises `ParameterError` or `NotFoundError` before anything starts; `CellError` for a cell that raised and
     `RunError` for any other end but success, after the record was written; `KeyboardInterrupt` if stopped.
@@ -356,8 +455,11 @@ def run(
     checked = check_values(source.parameters, {**(parameters or {}), **values})
     if timeout is not None and not timeout > 0:
         raise UsageError(f"timeout must be a number of seconds above 0, not {timeout!r}.")
-    with cell_progress(source.path.name, progress) as hear, kernels_for(source, checked) as warm:
-        finished = execute(source, checked, timeout=timeout, on_event=hear, warm=warm)
+    if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
+        raise UsageError(f"retries must be a whole number of at least 0, not {retries!r}.")
+    with cell_progress(source.path.name, progress, stream) as hear, kernels_for(source, checked) as warm:
+        options: dict[str, Any] = {"timeout": timeout, "retries": retries, "stream": bool(stream)}
+        finished = execute(source, checked, **options, on_event=hear, warm=warm)
     if finished.status == "cancelled":
         raise KeyboardInterrupt
     if finished.status != "succeeded":

@@ -9,16 +9,16 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
 
 from ..errors import NotFoundError, UsageError
+from ..remote import public_url
 
 if TYPE_CHECKING:
     from pandas import DataFrame
     from pyarrow import ChunkedArray, Table
 
 # %% auto #0
-__all__ = ['SLICE', 'fingerprint', 'table_fingerprint', 'file_facts', 'public_url', 'url_facts', 'data_facts']
+__all__ = ['SLICE', 'fingerprint', 'table_fingerprint', 'file_facts', 'url_facts', 'data_facts']
 
 # %% ../../nbs/experiment/fingerprints.ipynb #2425fe96
 def _hashes(values: Any) -> bytes:
@@ -89,12 +89,6 @@ def file_facts(path: Path) -> dict[str, Any]:
     return {"path": str(path), "bytes": size, "sha256": whole.hexdigest()}
 
 # %% ../../nbs/experiment/fingerprints.ipynb #300a86c9
-def public_url(url: str) -> str:
-    """`url` without user, password and query."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-
-
 def url_facts(url: str) -> dict[str, Any]:
     """`path` (without secrets), `bytes` and `sha256` of what an fsspec URL names, read as a stream.
 

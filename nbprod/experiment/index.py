@@ -10,24 +10,30 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import sqlite3
+import uuid
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
+import msgspec
 import sqlalchemy as sql
-from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from ..errors import NbprodError, SettingsError
+from ..errors import NbprodError
+from .database import open_engine, reason_of, shown_url, transaction
 from .recording import NOTEBOOK_NAME, read_record
+from .sharing import read_shared, shared_signatures
 from ..files import hold
 from ..settings import Settings
 
 # %% auto #0
-__all__ = ['LONG', 'TABLES', 'RECORDS', 'PARTS', 'PATIENCE', 'Entries', 'FAILURES', 'AROUND', 'LOGGER', 'BATCH', 'signatures',
-           'pack', 'unpack', 'open_engine', 'transaction', 'make_tables', 'read_rows', 'write_rows', 'clear_rows',
-           'is_damage', 'is_whole', 'remove_damaged', 'stored', 'keep', 'records', 'rebuild']
+__all__ = ['LONG', 'TABLES', 'RECORDS', 'PARTS', 'NUMBER_NAME', 'Entries', 'FAILURES', 'AROUND', 'LOGGER', 'BATCH', 'signatures',
+           'pack', 'unpack', 'make_tables', 'store_name', 'read_rows', 'write_rows', 'clear_rows', 'is_damage',
+           'is_whole', 'remove_damaged', 'stored', 'is_text', 'keep', 'records', 'rebuild', 'refresh']
 
 # %% ../../nbs/experiment/index.ipynb #a5cbf852
 def signatures(folder: Path) -> dict[str, str]:
@@ -61,12 +67,20 @@ def pack(record: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
     return f"{zlib.crc32(content.encode()):08x}{content}", parts
 
 
+def _parse(text: str) -> Any:
+    """The value of a JSON text that `json` wrote. Raises `ValueError` if it is none."""
+    try:
+        return msgspec.json.decode(text)  # in half the time
+    except msgspec.MsgspecError:  # it has no NaN, and no halves of surrogate pairs
+        return json.loads(text)
+
+
 def unpack(content: str, parts: Mapping[str, Any]) -> dict[str, Any] | None:
     """The record that was packed as `content`; None if the index has lost something of it."""
     try:
         if int(content[:8], 16) != zlib.crc32(content[8:].encode()):
             return None
-        packed = json.loads(content[8:])
+        packed = _parse(content[8:])
         record: dict[str, Any] = packed["record"]
         if packed["long"]:
             record["lineage"] |= {name: parts[digest] for name, digest in packed["long"].items()}
@@ -92,53 +106,7 @@ PARTS = sql.Table(
     sql.Column("content", sql.Text, nullable=False),
 )
 
-# %% ../../nbs/experiment/index.ipynb #5aa9266a
-PATIENCE = 30.0
-
-
-def _tune_sqlite(engine: sql.Engine) -> None:
-    """Let several processes use the file of a SQLite engine at once."""
-
-    @sql.event.listens_for(engine, "connect")
-    def prepare(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # the driver would begin transactions in its own way
-        connection.text_factory = lambda text: text.decode(errors="replace")  # a checksum tells
-        connection.execute("PRAGMA synchronous=NORMAL")
-        with contextlib.suppress(connection.OperationalError):  # another process does it right now
-            connection.execute("PRAGMA journal_mode=WAL")
-
-    @sql.event.listens_for(engine, "begin")
-    def begin(connection: sql.Connection) -> None:
-        writes = connection.get_execution_options().get("writes", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-
-def open_engine(settings: Settings) -> sql.Engine:
-    """The engine of the index. `SettingsError` if its URL is none, or if its driver is not installed."""
-    default = sql.URL.create("sqlite", database=str(settings.store / "index.sqlite"))
-    try:
-        parsed = sql.make_url(settings.index) if settings.index else default
-        is_sqlite = parsed.get_backend_name() == "sqlite"
-        options: dict[str, Any] = {"connect_args": {"timeout": PATIENCE}} if is_sqlite else {}
-        engine = sql.create_engine(parsed, poolclass=sql.NullPool, **options)
-    except ArgumentError as error:
-        raise SettingsError(f"The setting `index` is no SQLAlchemy URL that can be used: {error}") from error
-    except ImportError as error:
-        raise SettingsError(f"The database of the setting `index` needs a driver: {error}.") from error
-    if is_sqlite:
-        with contextlib.suppress(OSError):  # then connecting says why
-            Path(parsed.database or "").parent.mkdir(parents=True, exist_ok=True)
-        _tune_sqlite(engine)
-    return engine
-
-# %% ../../nbs/experiment/index.ipynb #e51e715f
-@contextlib.contextmanager
-def transaction(engine: sql.Engine, *, writes: bool = False) -> Iterator[sql.Connection]:
-    """A connection within a transaction, which is committed at the end."""
-    with engine.connect().execution_options(writes=writes) as connection, connection.begin():
-        yield connection
-
-
+# %% ../../nbs/experiment/index.ipynb #c1b75cd9
 def make_tables(engine: sql.Engine) -> None:
     """Make the tables where there are none."""
     with engine.connect() as connection:
@@ -147,6 +115,29 @@ def make_tables(engine: sql.Engine) -> None:
         with transaction(engine, writes=True) as connection:
             for table in (RECORDS, PARTS):
                 connection.execute(sql.schema.CreateTable(table, if_not_exists=True))
+
+# %% ../../nbs/experiment/index.ipynb #cec3c6f6
+NUMBER_NAME = "store.id"
+
+
+def _store_number(store: Path) -> str:
+    """The number of a store, made where there is none; the machine's name if it cannot be kept."""
+    path = store / NUMBER_NAME
+    with contextlib.suppress(OSError):
+        if not path.exists():
+            with NamedTemporaryFile(dir=store, prefix=f".{NUMBER_NAME}.") as made:
+                made.write(uuid.uuid4().hex.encode())
+                made.flush()
+                Path(made.name).chmod(0o644)
+                path.hardlink_to(made.name)  # whole, and only by the first who comes
+        return path.read_text(encoding="ascii")
+    return platform.node()
+
+
+def store_name(engine: sql.Engine, store: Path) -> str:
+    """What stands for `store` in the rows of the index."""
+    name = str(store) if engine.dialect.name == "sqlite" else f"{_store_number(store)} {store}"
+    return name.encode(errors="backslashreplace").decode()[:1024]
 
 # %% ../../nbs/experiment/index.ipynb #7e259817
 Entries = Mapping[str, tuple[str, dict[str, Any]]]
@@ -160,10 +151,11 @@ def _read_parts(rows: Iterable[Sequence[str]]) -> dict[str, Any]:
 
 def read_rows(connection: sql.Connection, store: str) -> dict[str, tuple[str, dict[str, Any]]]:
     """Signature and record by run, as the index has them for `store`."""
-    long = sql.select(PARTS.c.sha256, PARTS.c.content).where(PARTS.c.store == store)
-    parts = _read_parts(tuple(map(str, row)) for row in connection.execute(long))
     columns = sql.select(RECORDS.c.run, RECORDS.c.signature, RECORDS.c.content)
     rows = connection.execute(columns.where(RECORDS.c.store == store)).all()
+    # Afterwards, so that a row which another process has just written finds its parts.
+    long = sql.select(PARTS.c.sha256, PARTS.c.content).where(PARTS.c.store == store)
+    parts = _read_parts(tuple(map(str, row)) for row in connection.execute(long))
     records = ((run, signature, unpack(str(content), parts)) for run, signature, content in rows)
     return {run: (signature, record) for run, signature, record in records if record is not None}
 
@@ -240,7 +232,7 @@ LOGGER = logging.getLogger("nbprod")
 
 def _doing_without(engine: sql.Engine, error: Exception) -> None:
     """Say that the index cannot be used, and why."""
-    url, reason = engine.url.render_as_string(), str(getattr(error, "orig", None) or error)
+    url, reason = shown_url(engine.url), reason_of(error, engine.url)
     LOGGER.warning("nbprod: the index %s cannot be used, so the notebooks are read: %s", url, reason)
 
 
@@ -248,9 +240,11 @@ def stored(engine: sql.Engine, store: str) -> dict[str, tuple[str, dict[str, Any
     """What the index has for `store`; None if it cannot be used. A damaged one is made anew."""
     for is_last in (False, True):
         try:
-            make_tables(engine)
             with transaction(engine) as connection:
-                return read_rows(connection, store)
+                if sql.inspect(connection).has_table(PARTS.name):
+                    return read_rows(connection, store)
+            make_tables(engine)
+            return {}
         except FAILURES as error:
             if is_last or not remove_damaged(engine, store):
                 _doing_without(engine, error)
@@ -259,8 +253,14 @@ def stored(engine: sql.Engine, store: str) -> dict[str, tuple[str, dict[str, Any
     return None
 
 # %% ../../nbs/experiment/index.ipynb #659cfd84
+def is_text(name: str) -> bool:
+    """Whether `name` can be written in UTF-8."""
+    return name.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
 def keep(engine: sql.Engine, store: str, entries: Entries, gone: Collection[str] = ()) -> bool:
     """Write to the index; whether it can go on being used."""
+    entries = {run: entry for run, entry in entries.items() if is_text(run)}
     try:
         with transaction(engine, writes=True) as connection:
             write_rows(connection, store, entries, gone)
@@ -283,19 +283,25 @@ BATCH = 500
 def records(settings: Settings) -> dict[str, dict[str, Any]]:
     """The record of every run in the store, by the name of its folder; the index is brought up to date.
 
-    Folders without a readable record are left out. `SettingsError` if the setting `index` is no URL that can
+    In a store that is shared with others, theirs are among them. Folders without a readable record are left
+    out. `SettingsError` if the setting `index` is no URL that can
     be used; an index that fails is reported and done without.
     """
-    if not settings.runs.is_dir():
+    if not settings.runs.is_dir() and not settings.remote:
         return {}
-    engine, store = open_engine(settings), str(settings.store)
+    engine = open_engine(settings)
+    store = store_name(engine, settings.store)
     kept = stored(engine, store)
     usable, kept = kept is not None, kept or {}
-    now = signatures(settings.runs)
+    here, shared = signatures(settings.runs), shared_signatures(settings)
+    away = {run: each[0] for run, each in kept.items() if run not in here} if shared is None else shared
+    now = here | away
     found = {run: record for run, (signature, record) in kept.items() if now.get(run) == signature}
     changed = sorted(now.keys() - found.keys())
     for start in range(0, len(changed), BATCH):
-        read = _read(settings.runs, changed[start : start + BATCH])
+        batch = changed[start : start + BATCH]
+        read = _read(settings.runs, [run for run in batch if run in here])
+        read |= read_shared(settings, [run for run in batch if run not in here])
         found |= read
         ended = {run: (now[run], record) for run, record in read.items() if record["status"] != "running"}
         usable = usable and (not ended or keep(engine, store, ended))
@@ -312,14 +318,25 @@ def _read(folder: Path, runs: Collection[str]) -> dict[str, dict[str, Any]]:
 # %% ../../nbs/experiment/index.ipynb #3afcdb84
 def rebuild(settings: Settings) -> int:
     """Make the index of a store anew; the number of runs. `NbprodError` if it cannot be written."""
-    engine, store = open_engine(settings), str(settings.store)
+    engine = open_engine(settings)
+    store = store_name(engine, settings.store)
     remove_damaged(engine, store)
     try:
         make_tables(engine)
         with transaction(engine, writes=True) as connection:
             clear_rows(connection, store)
     except FAILURES as error:
-        reason = str(getattr(error, "orig", None) or error)
-        message = f"The index {engine.url.render_as_string()} cannot be written: {reason}."
-        raise NbprodError(message) from error
-    return len(records(settings))
+        reason = reason_of(error, engine.url)
+        raise NbprodError(f"The index {shown_url(engine.url)} cannot be written: {reason}.") from None
+    return refresh(settings)
+
+
+def refresh(settings: Settings) -> int:
+    """Bring the index of a store up to date; the number of runs. `NbprodError` if it cannot be used."""
+    found = records(settings)
+    engine = open_engine(settings)
+    kept = stored(engine, store_name(engine, settings.store)) if found else {}
+    ended = {run for run, record in found.items() if record["status"] != "running" and is_text(run)}
+    if kept is None or ended - kept.keys():
+        raise NbprodError(f"The index {shown_url(engine.url)} was not brought up to date.")
+    return len(found)

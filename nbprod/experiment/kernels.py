@@ -15,13 +15,14 @@ import random
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from .forking import ForkedProcess, ForkServer, serve, tell
-from .preloading import Import, preload, lasting_threads
+from .preloading import INSTALLED, Import, lasting_threads, preload
 
 # %% auto #0
 __all__ = ['LATER', 'KERNEL_SERVER', 'INLINE', 'UNUSED', 'WORKER_SERVER', 'kernel_environment', 'import_kernel', 'leave',
@@ -66,16 +67,34 @@ def import_kernel() -> Callable[[], Any]:
     return IPKernelApp.instance
 
 # %% ../../nbs/experiment/kernels.ipynb #784b3de0
-def leave(kernel: list[int]) -> None:
+def _forget_modules(names: Iterable[str]) -> None:
+    """Drop what modules of these names hold, but for those of installed libraries."""
+    for name in names:
+        module = sys.modules.get(name)
+        file = vars(module).get("__file__") if isinstance(module, ModuleType) else None
+        if isinstance(file, str) and not file.startswith(INSTALLED):
+            vars(module).clear()
+
+
+def _is_file(kind: type) -> bool:
+    """Whether it is a class of files; IPython's own streams would wait for a thread that has ended."""
+    return issubclass(kind, io.IOBase) and not kind.__module__.startswith("ipykernel")
+
+
+def leave(kernel: Sequence[int], known: Collection[str]) -> None:
     """End the process in `kernel` when all other exit handlers were called, with its open files written.
 
-    Other processes, those that a cell forks among them, end as they would.
+    `known` are the modules that it was forked with. Other processes, those that a cell forks among them, end
+    as they would.
     """
     if kernel != [os.getpid()]:
         return
+    _forget_modules(sys.modules.keys() - known)
     gc.collect()
-    for each in gc.get_objects():
-        if isinstance(each, io.IOBase) and not each.closed:
+    objects = gc.get_objects()
+    files = {kind for kind in set(map(type, objects)) if _is_file(kind)}
+    for each in objects:
+        if type(each) in files:
             with contextlib.suppress(Exception):
                 each.flush()
     os._exit(0)
@@ -93,7 +112,8 @@ INLINE = "module://matplotlib_inline.backend_inline"
 def serve_kernels() -> None:
     """Import, and be copied for each kernel that is asked for; the program of a server."""
     kernel: list[int] = []
-    atexit.register(leave, kernel)
+    known: set[str] = set()
+    atexit.register(leave, kernel, known)
     control = socket.socket(fileno=int(sys.argv[1]))
     arguments = json.loads(sys.argv[2])
     before = dict(os.environ)
@@ -114,6 +134,7 @@ def serve_kernels() -> None:
         control.send(json.dumps({"threads": lasting_threads(), "skipped": skipped}).encode())
     told, log = serve(control, orphans=False)
     kernel.append(os.getpid())
+    known.update(sys.modules)
     report = become_kernel(told, log, changed)
     application = start_kernel()
     application.initialize()
@@ -142,7 +163,8 @@ def become_kernel(told: int, log: int, changed: Mapping[str, str]) -> socket.soc
     if not line:
         os._exit(0)
     task = json.loads(line)
-    silent, _ = os.pipe()
+    silent, ended = os.pipe()
+    os.close(ended)
     for descriptor, number in ((silent, 0), (log, 1), (log, 2)):
         os.dup2(descriptor, number)
         os.close(descriptor) if number != 1 else None
@@ -206,6 +228,8 @@ class WarmKernels:
     @property
     def reason(self) -> str:
         """Why kernels are not forked; empty if they are. Waits until both servers are ready."""
+        if self._reason == "" and not self.alive:
+            return "the processes that it would be forked from have ended"
         with self._asked:
             if self._reason is None:
                 self._reason = ""

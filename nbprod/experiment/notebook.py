@@ -21,6 +21,25 @@ from ..errors import NotFoundError, ParameterError, did_you_mean
 __all__ = ['parse_notebook', 'read_content', 'tagged_source', 'parse_cell', 'Assignment', 'assignments']
 
 # %% ../../nbs/experiment/notebook.ipynb #4fb5ec03
+def _flaw(notebook: Mapping[str, Any]) -> str:
+    """What is of another kind than a notebook has it; empty if nothing is. Much may be missing."""
+    whole = notebook.get("metadata") or {}
+    parts = (
+        [whole.get(name) or {} for name in ("kernelspec", "language_info")] if isinstance(whole, dict) else []
+    )
+    if len(parts) != 2 or not all(isinstance(part, dict) for part in parts):
+        return "its metadata are no object"
+    for number, cell in enumerate(notebook["cells"], start=1):
+        source, metadata = cell.get("source") or "", cell.get("metadata") or {}
+        tags = metadata.get("tags") or [] if isinstance(metadata, dict) else None
+        if not isinstance(tags, list):
+            return f"the metadata of cell {number} are no object, or its tags no list"
+        lines = source if isinstance(source, list) else [source]
+        if not all(isinstance(line, str) for line in lines):
+            return f"the source of cell {number} is no text"
+    return ""
+
+
 def parse_notebook(content: bytes, origin: Path) -> dict[str, Any]:
     """The notebook in `content` as a dict. Raises `ParameterError`, naming `origin`, if it is none."""
     try:
@@ -32,6 +51,8 @@ def parse_notebook(content: bytes, origin: Path) -> dict[str, Any]:
     cells = notebook.get("cells") if isinstance(notebook, dict) else None
     if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
         raise ParameterError(f"{origin} is not a Jupyter notebook: it has no list of cells.")
+    if flaw := _flaw(notebook):
+        raise ParameterError(f"{origin} is not a Jupyter notebook: {flaw}.")
     return notebook
 
 # %% ../../nbs/experiment/notebook.ipynb #870c4766

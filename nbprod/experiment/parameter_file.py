@@ -5,19 +5,21 @@
 # %% ../../nbs/experiment/parameter_file.ipynb #ebb127ce
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 from ..errors import ParameterError
 from .parameters import Parameter, check_value, known_parameter
-from .values import read_text
+from .search_space import Range, Space, read_range
+from .values import adapt, fits, read_text
 
 if TYPE_CHECKING:
-    from yaml import MappingNode, Node, SafeLoader, ScalarNode
+    from yaml import Node, SafeLoader, ScalarNode
 
 # %% auto #0
-__all__ = ['NULL', 'read_file']
+__all__ = ['NULL', 'Reader', 'read_file', 'read_tried']
 
 # %% ../../nbs/experiment/parameter_file.ipynb #6e34714e
 NULL = "tag:yaml.org,2002:null"
@@ -25,12 +27,17 @@ NULL = "tag:yaml.org,2002:null"
 
 def _scalar(loader: SafeLoader, node: ScalarNode, python_type: Any) -> Any:
     """The value that a scalar says, by `python_type` unless it is quoted."""
+    written = loader.construct_object(node, deep=True)
     if node.style is not None or python_type in {None, Any} or (node.tag == NULL and node.value in {"", "~"}):
-        return loader.construct_object(node, deep=True)
+        return written
     try:
-        return read_text(node.value, python_type)
+        value = read_text(node.value, python_type)
     except (ValueError, KeyError, TypeError):
-        return loader.construct_object(node, deep=True)
+        return written
+    if value is None and isinstance(written, str):  # YAML's null is written otherwise, so this may be a text
+        text = adapt(written, python_type)
+        return text if fits(text, python_type) else None
+    return value
 
 # %% ../../nbs/experiment/parameter_file.ipynb #53823b87
 def _inside(python_type: Any, container: type) -> tuple[Any, ...]:
@@ -57,58 +64,95 @@ def _value(loader: SafeLoader, node: Node, python_type: Any) -> Any:
     return {_value(loader, k, key_type): _value(loader, v, type_inside) for k, v in node.value}
 
 # %% ../../nbs/experiment/parameter_file.ipynb #cdaeeeed
-def _mapping(loader: SafeLoader, path: Path) -> MappingNode | None:
-    """The mapping that a file consists of; None for an empty file. Raises `ParameterError` for another."""
-    from yaml import MappingNode
-
-    node = loader.get_single_node()
-    if node is not None and not isinstance(node, MappingNode):
-        raise ParameterError(f"{path} must consist of lines such as `name: value`.")
-    if node is not None:
-        loader.flatten_mapping(node)
-    return node
+@contextlib.contextmanager
+def _at(path: Path, node: Node) -> Iterator[None]:
+    """Name the file and the line of `node` in a `ParameterError`."""
+    try:
+        yield
+    except ParameterError as error:
+        raise ParameterError(f"{path}, line {node.start_mark.line + 1}: {error}") from error
 
 
-def _open(path: Path) -> SafeLoader:
-    """A reader of the YAML at `path`. Raises `ParameterError` if there is none."""
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[SafeLoader, Node | None]]:
+    """A reader of the YAML at `path` and its root, None if it is empty. `ParameterError` if there is none."""
     from yaml import SafeLoader, YAMLError
 
     try:
-        return SafeLoader(path.read_text(encoding="utf-8"))
+        loader = SafeLoader(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ParameterError(f"{path} cannot be read: {error.strerror or error}.") from error
     except (UnicodeDecodeError, YAMLError) as error:
         raise ParameterError(f"{path} is not YAML: {error}.") from error
-
-# %% ../../nbs/experiment/parameter_file.ipynb #02e72e6c
-def _items(node: Node, name: str, path: Path) -> Sequence[Node]:
-    """The items of a list of values to try. Raises `ParameterError` for another node."""
-    from yaml import SequenceNode
-
-    if not isinstance(node, SequenceNode) or not node.value:
-        raise ParameterError(f"{path}: the values to try for {name} must be a list, such as [1, 2].")
-    return node.value
-
-
-def read_file(path: Path, parameters: Sequence[Parameter], *, grid: bool = False) -> dict[str, Any]:
-    """The checked values by name in the YAML file at `path`; lists of them if it is the `grid` of a sweep.
-
-    Raises `ParameterError` for a file that cannot be read, an unknown name, or a value that does not fit.
-    """
-    from yaml import YAMLError
-
-    loader, values = _open(path), dict[str, Any]()
     try:
-        node = _mapping(loader, path)
-        for key, content in node.value if node is not None else []:
-            parameter = known_parameter(parameters, str(key.value))
-            nodes = _items(content, parameter.name, path) if grid else [content]
-            read = [check_value(parameter, _value(loader, each, parameter.python_type)) for each in nodes]
-            if parameter.name in values:
-                raise ParameterError(f"{path} gives {parameter.name} twice.")
-            values[parameter.name] = read if grid else read[0]
+        yield loader, loader.get_single_node()
     except (YAMLError, TypeError, ValueError, RecursionError) as error:
         raise ParameterError(f"{path} is not YAML that can be read: {error}.") from error
     finally:
         loader.dispose()
+
+# %% ../../nbs/experiment/parameter_file.ipynb #02e72e6c
+Reader = Callable[["SafeLoader", "Node", Parameter], Any]
+
+
+def _read_value(loader: SafeLoader, node: Node, parameter: Parameter) -> Any:
+    """The checked value of `parameter` at a node."""
+    return check_value(parameter, _value(loader, node, parameter.python_type))
+
+
+def _by_name(
+    loader: SafeLoader, node: Node, parameters: Sequence[Parameter], path: Path, read: Reader
+) -> dict[str, Any]:
+    """What `read` makes of the entries of a mapping, by name of the parameter."""
+    from yaml import MappingNode
+
+    values: dict[str, Any] = {}
+    with _at(path, node):
+        if not isinstance(node, MappingNode):
+            raise ParameterError("There must be lines such as `name: value`.")
+    loader.flatten_mapping(node)
+    for key, content in node.value:
+        with _at(path, key):
+            parameter = known_parameter(parameters, str(key.value))
+            if parameter.name in values:
+                raise ParameterError(f"{parameter.name} is given twice.")
+            values[parameter.name] = read(loader, content, parameter)
     return values
+
+
+def read_file(path: Path, parameters: Sequence[Parameter]) -> dict[str, Any]:
+    """The checked values by name in the YAML file at `path`.
+
+    Raises `ParameterError` for a file that cannot be read, an unknown name, or a value that does not fit.
+    """
+    with _opened(path) as (loader, node):
+        return _by_name(loader, node, parameters, path, _read_value) if node is not None else {}
+
+# %% ../../nbs/experiment/parameter_file.ipynb #5cbdcdf9
+def _read_tried(loader: SafeLoader, node: Node, parameter: Parameter) -> list[Any] | Range:
+    """The checked values to try for `parameter`, or the range to draw them from."""
+    from yaml import ScalarNode, SequenceNode
+
+    if isinstance(node, ScalarNode) and node.style is None:
+        numbers = read_range(parameter, node.value)
+        if numbers is not None:
+            return numbers
+    if not isinstance(node, SequenceNode) or not node.value:
+        message = (
+            f"The values to try for {parameter.name} must be a list, such as [1, 2], or a range of numbers"
+        )
+        raise ParameterError(f"{message}, such as 1..9.")
+    return [_read_value(loader, each, parameter) for each in node.value]
+
+
+def read_tried(path: Path, parameters: Sequence[Parameter]) -> Space | list[dict[str, Any]]:
+    """What to try by name in the YAML file at `path`, or the checked values of each run if it is a list.
+
+    Raises `ParameterError`, with the line, for what cannot be read or does not fit.
+    """
+    from yaml import SequenceNode
+
+    with _opened(path) as (loader, node):
+        if isinstance(node, SequenceNode):
+            return [_by_name(loader, each, parameters, path, _read_value) for each in node.value]
+        return _by_name(loader, node, parameters, path, _read_tried) if node is not None else {}

@@ -20,8 +20,8 @@ from .redaction import check_secret, secrets_in, Secret
 from .values import adapt, cell_source, native, plain, read_text, strictly, writable
 
 # %% auto #0
-__all__ = ['TAG', 'UNKNOWN', 'BROKEN', 'Parameter', 'notebook_parameters', 'read_parameters', 'check_value', 'known_parameter',
-           'check_values', 'effective_values', 'injected_cell', 'secret_variables', 'parse_texts']
+__all__ = ['TAG', 'UNKNOWN', 'BROKEN', 'Parameter', 'notebook_parameters', 'read_parameters', 'type_text', 'check_value',
+           'known_parameter', 'check_values', 'effective_values', 'injected_cell', 'secret_variables', 'parse_texts']
 
 # %% ../../nbs/experiment/parameters.ipynb #5678382f
 @dataclass(frozen=True)
@@ -144,6 +144,12 @@ def read_parameters(notebook: Path) -> list[Parameter]:
     return notebook_parameters(parse_notebook(read_content(path), path), path)
 
 # %% ../../nbs/experiment/parameters.ipynb #1415b015
+def type_text(parameter: Parameter) -> str:
+    """The type of a parameter as written; of an Enum also its members."""
+    members = getattr(parameter.python_type, "__members__", None)
+    return f"{parameter.type} ({', '.join(members)})" if members else parameter.type
+
+
 def _refusal(parameter: Parameter, value: Any, place: str = "") -> str:
     """The sentence that refuses `value`; `place` is the index of the wrong item in a list."""
     if "SecretStr" in parameter.type:
@@ -152,7 +158,7 @@ def _refusal(parameter: Parameter, value: Any, place: str = "") -> str:
         shown = reprlib.repr(value)
     except ValueError:  # an int with more digits than Python prints
         shown = f"this {type(value).__name__}"
-    message = f"Parameter {parameter.name} must be {parameter.type}, not {shown}{place}."
+    message = f"Parameter {parameter.name} must be {type_text(parameter)}, not {shown}{place}."
     if isinstance(value, float) and parameter.python_type is int and not parameter.annotated:
         return f"{message} To allow it, write `{parameter.name}: float = {parameter.default!r}` in the cell."
     return message

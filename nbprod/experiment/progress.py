@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+from .streaming import Printer
 
 if TYPE_CHECKING:
+    from nbprod.experiment.plans import Goal
     from nbprod.experiment.runs import Run
 
 # %% auto #0
-__all__ = ['Listener', 'wants_progress', 'cell_progress', 'run_progress']
+__all__ = ['Listener', 'wants_progress', 'cell_progress', 'run_state', 'run_progress']
 
 # %% ../../nbs/experiment/progress.ipynb #ab72a9c3
 def wants_progress(progress: bool | None) -> bool:
@@ -42,12 +45,20 @@ Listener = Callable[[dict[str, Any]], object]
 
 
 @contextlib.contextmanager
-def cell_progress(label: str, progress: bool | None) -> Iterator[Listener]:
-    """A progress bar over the cells of a run; yields what it wants to hear the run's events with."""
-    with _bar(progress, desc=label, unit="cell") as bar:
+def cell_progress(label: str, progress: bool | None, stream: bool | TextIO = False) -> Iterator[Listener]:
+    """A progress bar over the cells of a run; yields what it wants to hear the run's events with.
+
+    With `stream`, outputs are printed: to standard output and error, or all to the file that it is.
+    """
+    printer = Printer(None if isinstance(stream, bool) else stream)
+    with _bar(False if stream and progress is None else progress, desc=label, unit="cell") as bar:
 
         def hear(event: dict[str, Any]) -> None:
-            if bar is not None and event["event"] == "cells":
+            if event["event"] == "output":
+                aside = bar.external_write_mode(printer.target(event["name"])) if bar is not None else None
+                with aside or contextlib.nullcontext():
+                    printer.hear(event)
+            elif bar is not None and event["event"] == "cells":
                 bar.reset(total=event["total"])
             elif bar is not None and event["event"] == "cell":
                 bar.update(event["done"] - bar.n)
@@ -55,17 +66,34 @@ def cell_progress(label: str, progress: bool | None) -> Iterator[Listener]:
         yield hear
 
 # %% ../../nbs/experiment/progress.ipynb #5bb90eb5
+def run_state(failed: int, best: Run | None, goal: Goal | None) -> dict[str, str]:
+    """What to say of runs that have ended: how many failed, and the best of the goal's metric."""
+    state = {"failed": str(failed)} if failed else {}
+    return state | ({f"best {goal.metric}": f"{goal.value(best):.4g}"} if goal and best else {})
+
+
+def _has_failed(run: Run) -> bool:
+    """Whether a run failed, also if only for its sweep."""
+    return run.status != "succeeded" or run.error is not None
+
+
 @contextlib.contextmanager
-def run_progress(label: str, total: int, progress: bool | None) -> Iterator[Callable[[Run], object]]:
-    """A progress bar over `total` runs; yields what it wants to be told of each run that has ended."""
-    failed = 0
-    with _bar(progress, desc=label, total=total, unit="run") as bar:
+def run_progress(
+    label: str, total: int, progress: bool | None, goal: Goal | None = None, ended: Sequence[Run] = ()
+) -> Iterator[Callable[[Run], object]]:
+    """A progress bar over `total` runs; yields what it wants to be told of each run that has ended.
+
+    `ended` are those that had ended before; with a `goal` the bar shows the best run so far.
+    """
+    failed, best = sum(map(_has_failed, ended)), goal.best(ended) if goal else None
+    with _bar(progress, desc=label, total=total, initial=len(ended), unit="run") as bar:
 
         def hear(run: Run) -> None:
-            nonlocal failed
-            failed += run.status != "succeeded"
+            nonlocal failed, best
+            failed += _has_failed(run)
+            best = goal.best([run, *filter(None, [best])]) if goal else None
             if bar is not None:
-                bar.set_postfix({"failed": failed} if failed else {}, refresh=False)
+                bar.set_postfix(run_state(failed, best, goal), refresh=False)
                 bar.update()
 
         yield hear

@@ -18,18 +18,39 @@ from queue import Empty
 from typing import Any
 
 from jupyter_client.asynchronous import AsyncKernelClient
+from jupyter_client.channels import AsyncZMQSocketChannel
 from jupyter_client.manager import KernelManager
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
-from traitlets import Any as AnyTrait
+from traitlets import Any as AnyTrait, Type
 
 from .forking import ForkedProcess
 
 # %% auto #0
-__all__ = ['STARTING', 'FORKED', 'PromptClient', 'ForkedProvisioner', 'is_this_python', 'use_forked']
+__all__ = ['AGAIN', 'STARTING', 'FORKED', 'WatchfulChannel', 'PromptClient', 'ForkedProvisioner', 'is_this_python', 'use_forked']
+
+# %% ../../nbs/experiment/provisioning.ipynb #44c436a6
+AGAIN = 0.2  # seconds
+
+
+class WatchfulChannel(AsyncZMQSocketChannel):
+    """A channel that looks again whether a message has arrived."""
+
+    async def get_msg(self, timeout: float | None = None) -> dict[str, Any]:  # type: ignore[override]
+        """The next message. `timeout` is in seconds; raises `Empty` when there is none by then."""
+        limit = float("inf") if timeout is None else time.monotonic() + timeout
+        while True:
+            left = limit - time.monotonic()
+            try:
+                return await super().get_msg(timeout=max(0.0, min(left, AGAIN)))
+            except Empty:
+                if left <= AGAIN:
+                    raise
 
 # %% ../../nbs/experiment/provisioning.ipynb #3a29b352
 class PromptClient(AsyncKernelClient):
     """A client that is ready as soon as the kernel is."""
+
+    shell_channel_class = Type(WatchfulChannel)
 
     async def _hears(self, request: str) -> bool:
         """Whether the kernel's outputs reach us: we hear that it is idle after that request."""

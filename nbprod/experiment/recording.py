@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['MIME', 'METADATA_KEY', 'NOTEBOOK_NAME', 'emit', 'html_table', 'log_metrics', 'log_data', 'Record', 'collect',
-           'RunContext', 'current_run', 'write_notebook', 'read_record']
+           'RunContext', 'current_run', 'write_notebook', 'unwritable', 'record_in', 'read_record']
 
 # %% ../../nbs/experiment/recording.ipynb #4a9a6176
 MIME = "application/vnd.nbprod.record+json"
@@ -149,11 +149,25 @@ def write_notebook(path: Path, notebook: Mapping[str, Any]) -> None:
     # A lone surrogate in an output is no UTF-8; its escape \udXXX is valid JSON and means the same.
     write_atomic(path, text.encode(errors="backslashreplace"))
 
+# %% ../../nbs/experiment/recording.ipynb #d9cfc3ac
+def unwritable(path: Path, error: OSError) -> str:
+    """The sentence about a store that cannot be written at `path`."""
+    reason = error.strerror or str(error)
+    return f"The store cannot be written: {path}: {reason}. Make room, or set another `store`."
+
 # %% ../../nbs/experiment/recording.ipynb #cce45a12
+def record_in(content: bytes) -> dict[str, Any] | None:
+    """The record in a notebook's bytes; None if they are torn or no run's notebook."""
+    try:
+        record = json.loads(content)["metadata"][METADATA_KEY]
+        return record if isinstance(record["run"], str) and isinstance(record["status"], str) else None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
 def read_record(path: Path) -> dict[str, Any] | None:
     """The record in the notebook at `path`; None if the file is missing, torn or no run's notebook."""
     try:
-        record = json.loads(path.read_bytes())["metadata"][METADATA_KEY]
-        return record if isinstance(record["run"], str) and isinstance(record["status"], str) else None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return record_in(path.read_bytes())
+    except OSError:
         return None

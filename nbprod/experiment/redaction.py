@@ -9,6 +9,7 @@ import base64
 import html
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, quote_plus
@@ -17,7 +18,7 @@ from ..errors import ParameterError
 
 # %% auto #0
 __all__ = ['PREFIX', 'SHORTEST', 'STARS', 'Secret', 'secret_from', 'check_secret', 'secrets_in', 'forms', 'redacted', 'joined',
-           'redacted_notebook']
+           'redacted_notebook', 'showable']
 
 # %% ../../nbs/experiment/redaction.ipynb #e0198087
 PREFIX = "env:"
@@ -116,3 +117,23 @@ def redacted_notebook(notebook: Mapping[str, Any], hidden: Sequence[str]) -> dic
     ]
     copy: dict[str, Any] = redacted({**notebook, "cells": cells}, hidden)
     return copy
+
+# %% ../../nbs/experiment/redaction.ipynb #fe1b9d1e
+def showable(text: str, hidden: Sequence[str]) -> tuple[str, str]:
+    """The part of `text` that can be shown, secrets struck out, and the end of it that may begin a secret.
+
+    `hidden` has the longest first.
+    """
+    if not hidden:
+        return text, ""
+    pattern = re.compile("|".join(map(re.escape, hidden)))
+    near = max(0, len(text) - len(hidden[0]) + 1)
+    found = [match.span() for match in pattern.finditer(text) if match.end() > near]
+    inside = {place for start, end in found for place in range(start + 1, end)}
+
+    def begins(start: int) -> bool:
+        length = len(text) - start
+        return start not in inside and any(text[start:] == form[:length] != form for form in hidden)
+
+    cut = next(filter(begins, range(near, len(text))), len(text))
+    return pattern.sub(STARS, text[:cut]), text[cut:]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import shutil
 from collections import Counter
@@ -17,16 +18,20 @@ from typing import TYPE_CHECKING, Any, overload
 
 from ..errors import NotFoundError, RunError, UsageError, did_you_mean
 from .query import parse_condition
-from .recording import METADATA_KEY, NOTEBOOK_NAME, html_table, read_record, write_notebook
+from .recording import METADATA_KEY, NOTEBOOK_NAME, read_record, write_notebook
+from .sharing import fetch_run, shared_signatures
 from ..files import is_held
 from ..settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from nbprod.experiment.plots import Plot
+
 # %% auto #0
-__all__ = ['STAGED', 'INTERRUPTED', 'FIELDS', 'GROUPS', 'COLUMNS', 'Name', 'show', 'Run', 'run_from_record', 'close_record',
-           'read_run', 'value_of', 'keys_of', 'whole_name', 'Runs', 'runs', 'load_run']
+__all__ = ['STAGED', 'INTERRUPTED', 'FIELDS', 'GROUPS', 'COLUMNS', 'NESTED', 'Name', 'show', 'Run', 'run_from_record',
+           'close_record', 'read_run', 'value_of', 'keys_of', 'whole_name', 'columns_of', 'Runs', 'no_collection',
+           'runs', 'load_run']
 
 # %% ../../nbs/experiment/runs.ipynb #020703ae
 def show(value: Any) -> str:
@@ -43,6 +48,7 @@ class Run:
     `notebook` is the source, relative to the project; `path` the executed notebook. `params` are the
     effective values, `models` the tags of its models. `seconds` is None while it runs. `error` has `cell`
     (from 1, over all cells of the executed notebook; None if no cell is to blame), `line` and `error`.
+    `attempts` are the earlier ones that a retry replaced, each with `status`, `error`, `started`, `seconds`.
     """
 
     id: str
@@ -60,6 +66,7 @@ class Run:
     data: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
     lineage: dict[str, Any] = field(default_factory=dict, repr=False)
     cells: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    attempts: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
     @property
     def folder(self) -> Path:
@@ -82,14 +89,9 @@ class Run:
         }
 
     def _repr_html_(self) -> str:
-        return html_table([name, show(value)] for name, value in _told(self).items())
+        from nbprod.experiment.run_table import run_html
 
-# %% ../../nbs/experiment/runs.ipynb #38b7feee
-def _told(run: Run) -> dict[str, Any]:
-    """Parameters, metrics and what identifies a run, by name."""
-    told = {"run": run.id, "status": run.status, "notebook": run.notebook} | run.params | run.metrics
-    told |= {"models": ", ".join(run.models)} if run.models else {}
-    return told | ({"error": run.error["error"]} if run.error else {})
+        return run_html(self)
 
 # %% ../../nbs/experiment/runs.ipynb #1d132216
 def run_from_record(record: Mapping[str, Any], path: Path) -> Run | None:
@@ -170,7 +172,8 @@ def keys_of(runs: Iterable[Run]) -> list[str]:
 
 # %% ../../nbs/experiment/runs.ipynb #746c6803
 GROUPS = ("params", "metrics", "run")
-COLUMNS = (*FIELDS, "models", "sweep", "error")
+COLUMNS = (*FIELDS, "models", "sweep", "trial", "error")
+NESTED = ("lineage", "data")
 Name = tuple[str, ...]
 
 
@@ -179,21 +182,18 @@ def _find(run: Run, name: Name) -> Any:
     if name[0] == "run":
         found = getattr(run, name[1])
         return found["error"] if name[1] == "error" and found else found
-    found = getattr(run, name[0])
-    for length in range(2, len(name) + 1):  # a metric such as val.auc is one name of two parts
-        key = ".".join(name[1:length])
-        if key in found:
-            return found[key] if length == len(name) else _find_in(found[key], name[length:])
-    raise KeyError(name)
+    return _find_in(getattr(run, name[0]), name[1:])
 
 
 def _find_in(value: Any, parts: Name) -> Any:
     """The item of nested dicts that `parts` lead to; `KeyError` if there is none."""
-    for part in parts:
-        if not isinstance(value, dict):
-            raise KeyError(part)
-        value = value[part]
-    return value
+    if not parts:
+        return value
+    for length in range(len(parts), 0, -1):  # a metric such as val.auc is one name of two parts
+        key = ".".join(parts[:length])
+        if isinstance(value, dict) and key in value:
+            return _find_in(value[key], parts[length:])
+    raise KeyError(parts)
 
 # %% ../../nbs/experiment/runs.ipynb #b491e3f1
 def _known(run: Run, name: Name) -> bool:
@@ -207,7 +207,7 @@ def _known(run: Run, name: Name) -> bool:
 
 def whole_name(runs: Sequence[Run], name: Name) -> Name:
     """`name` with its group. `UsageError` if no run has it, or if it could mean two things."""
-    if len(name) > 1 and name[0] in (*GROUPS, "lineage"):
+    if len(name) > 1 and name[0] in (*GROUPS, *NESTED):
         fields = name[0] != "run" or name[1:] in {(column,) for column in COLUMNS}
         possible = [name] if fields else []
     else:
@@ -219,26 +219,38 @@ def whole_name(runs: Sequence[Run], name: Name) -> Name:
         raise UsageError(f"{'.'.join(name)!r} has several meanings: write {both}.")
     if not found:
         whole = [*keys_of(runs), *(f"run.{column}" for column in COLUMNS)]
+        whole += sorted({f"{group}.{key}" for group in NESTED for run in runs for key in getattr(run, group)})
         candidates = [*whole, *(key.partition(".")[2] for key in whole), "True", "False", "None"]
         raise UsageError(f"No run has {'.'.join(name)!r}.{did_you_mean('.'.join(name), candidates)}")
     return found[0]
 
 # %% ../../nbs/experiment/runs.ipynb #ee0142d1
+def _getter(runs: Sequence[Run], name: Name) -> Callable[[Run], Any]:
+    """What gives the value of `name` in one of the runs, None where it has none; raises as `whole_name`."""
+    whole = whole_name(runs, name) if runs else name
+
+    def value(run: Run) -> Any:
+        try:
+            return _find(run, whole)
+        except KeyError:
+            return None
+
+    return value
+
+
+def columns_of(runs: Sequence[Run], names: Iterable[str]) -> dict[str, list[Any]]:
+    """The values of all runs by name, where names are those of a condition; None where a run has none.
+
+    Raises `UsageError` for a name that no run has, or that could mean two things.
+    """
+    getters = {name: _getter(runs, tuple(name.split("."))) for name in names}
+    return {name: list(map(value, runs)) for name, value in getters.items()}
+
+# %% ../../nbs/experiment/runs.ipynb #20dbc93a
 def _where(runs: Sequence[Run], condition: str) -> list[Run]:
     """The runs that meet `condition`. `UsageError` if it cannot be read."""
 
-    def resolve(name: Name) -> Callable[[Run], Any]:
-        whole = whole_name(runs, name)
-
-        def value(run: Run) -> Any:
-            try:
-                return _find(run, whole)
-            except KeyError:
-                return None
-
-        return value
-
-    meets = parse_condition(condition, resolve if runs else lambda _name: lambda _run: None)
+    meets = parse_condition(condition, lambda name: _getter(runs, name))
     return [run for run in runs if meets(run)]
 
 # %% ../../nbs/experiment/runs.ipynb #1698dbea
@@ -255,27 +267,6 @@ def _sorted(runs: Sequence[Run], key: str) -> list[Run]:
     except TypeError:
         having.sort(key=lambda run: str(value_of(run, name)), reverse=key.startswith("-"))
     return [*having, *missing]
-
-# %% ../../nbs/experiment/runs.ipynb #4684fd61
-def _telling(runs: Sequence[Run]) -> list[str]:
-    """All metrics, and the parameters that differ between the runs; for one run all parameters."""
-
-    def varies(key: str) -> bool:
-        return len({repr(value_of(run, key)) for run in runs}) > 1
-
-    return [key for key in keys_of(runs) if key.startswith("metrics.") or len(runs) == 1 or varies(key)]
-
-# %% ../../nbs/experiment/runs.ipynb #63373a6e
-def _frame(runs: Sequence[Run]) -> DataFrame:
-    """One row a run: its fields, `params.*`, `metrics.*`, models and commit."""
-    import pandas as pd
-
-    names = [*FIELDS, *keys_of(runs)]
-    rows = []
-    for run in runs:
-        values = {name: value_of(run, name) for name in names}
-        rows.append(values | {"models": run.models, "commit": run.lineage.get("commit")})
-    return pd.DataFrame(rows, columns=[*names, "models", "commit"])
 
 # %% ../../nbs/experiment/runs.ipynb #e9f02eed
 class Runs(Sequence[Run]):
@@ -302,8 +293,9 @@ class Runs(Sequence[Run]):
         """The runs that meet a condition such as `params.depth > 4 and metrics.auc >= 0.7`.
 
         Names are those of parameters, metrics and fields, bare or after `params.`, `metrics.`, `run.`, and
-        `lineage.` with what it holds. An order with what a run lacks is false. `UsageError`, with the place,
-        for what is no condition, has a name that no run has, or orders values that have no order.
+        `lineage.` and `data.` with what they hold. An order with what a run lacks is false. `UsageError`,
+        with the place, for what is no condition, has a name that no run has, or orders values that have no
+        order.
         """
         return Runs(_where(self, condition))
 
@@ -314,18 +306,29 @@ class Runs(Sequence[Run]):
             raise NotFoundError(f"No succeeded run among these {len(self)} has the metric {metric!r}.")
         return _sorted(runs, metric if lowest else f"-{metric}")[0]
 
-    def frame(self) -> DataFrame:
-        """A DataFrame with one row a run: its fields, `params.*`, `metrics.*`, models and commit."""
-        return _frame(self)
+    def frame(self, columns: Sequence[str] | None = None) -> DataFrame:
+        """A DataFrame with one row a run: its fields, `params.*`, `metrics.*`, models and commit.
+
+        `columns` are those wanted, with names as `where` takes them. `UsageError` for one that no run has.
+        """
+        from nbprod.experiment.run_table import frame_of
+
+        return frame_of(self, columns)
+
+    def plot(self, metric: str | None = None) -> Plot:
+        """A metric (default: the first that was logged) by the parameters that vary, drawn in a notebook."""
+        from nbprod.experiment.plots import Plot
+
+        return Plot(self, metric)
 
     def __repr__(self) -> str:
         counts = Counter(run.status for run in self).items()
         return f"<{len(self)} runs: {', '.join(f'{count} {status}' for status, count in counts) or 'none'}>"
 
     def _repr_html_(self) -> str:
-        names = ["id", "status", "seconds", *_telling(self)]
-        rows = [[show(value_of(run, name)) for name in names] for run in self]
-        return html_table(rows, [name.partition(".")[2] or name for name in names])
+        from nbprod.experiment.run_table import runs_html
+
+        return runs_html(self)
 
 # %% ../../nbs/experiment/runs.ipynb #a1c1a6e0
 def _notebooks(settings: Settings) -> Iterator[Path]:
@@ -340,9 +343,22 @@ def _read_all(settings: Settings) -> Iterator[Run | None]:
     """The run in each folder of runs; None where the record names no run."""
     from nbprod.experiment.index import records  # SQLAlchemy takes a fifth of a second
 
+    folder = settings.runs
     for name, record in records(settings).items():
-        path = settings.runs / name / NOTEBOOK_NAME
+        path = folder / f"{name}/{NOTEBOOK_NAME}"
         yield read_run(path) if record["status"] == "running" else run_from_record(record, path)
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Without the search for cyclic garbage, which looks again and again at records of which none is."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def runs(where: str | None = None, sort: str | None = None, settings: Settings | None = None) -> Runs:
@@ -351,7 +367,8 @@ def runs(where: str | None = None, sort: str | None = None, settings: Settings |
     `where` is a condition as `Runs.where` takes it, `sort` a key as `Runs.sort` does. `SettingsError` if this
     is no project.
     """
-    read = [run for run in _read_all(settings or load_settings()) if run]
+    with no_collection():
+        read = [run for run in _read_all(settings or load_settings()) if run]
     newest = sorted(read, key=lambda run: (run.started, run.id), reverse=True)
     found = Runs(newest).where(where) if where else Runs(newest)
     return found.sort(sort) if sort else found
@@ -364,10 +381,13 @@ def load_run(name: str, settings: Settings | None = None) -> Run:
     """
     settings = settings or load_settings()
     paths = {path.parent.name: path for path in _notebooks(settings)}
+    if name not in paths:
+        shared = shared_signatures(settings) or {}
+        paths = {other: settings.runs / other / NOTEBOOK_NAME for other in shared} | paths
     matches = [name] if name in paths else sorted(other for other in paths if name and other.startswith(name))
     if len(matches) > 1:
         raise NotFoundError(f"{len(matches)} runs begin with {name!r}, the last of them {matches[-1]}.")
-    run = read_run(paths[matches[0]]) if matches else None
+    run = read_run(paths[matches[0]]) if matches and fetch_run(matches[0], settings) else None
     if run is None:
         where = "has no readable record" if matches else f"is not in {settings.runs}"
         raise NotFoundError(f"Run {name!r} {where}.{did_you_mean(name, set(paths) - {name})}")

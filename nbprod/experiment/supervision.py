@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from queue import Empty, Queue
+from queue import Empty, Full, Queue
 from typing import Any
 
 from .forking import ForkedProcess
@@ -23,7 +23,7 @@ from .kernels import UNUSED
 from .progress import Listener
 
 # %% auto #0
-__all__ = ['START', 'GRACE', 'Starter', 'CANCELLED', 'start_worker', 'Worker', 'close', 'follow']
+__all__ = ['START', 'GRACE', 'BACKLOG', 'Starter', 'CANCELLED', 'start_worker', 'Worker', 'close', 'follow']
 
 # %% ../../nbs/experiment/supervision.ipynb #6a14cab9
 START = f"""
@@ -48,6 +48,7 @@ def start_worker(log: Path, lock: int | None) -> subprocess.Popen[bytes]:
 
 # %% ../../nbs/experiment/supervision.ipynb #ed53ad24
 GRACE = 20.0  # seconds for a worker to save and end after it was asked to stop
+BACKLOG = 64  # events that may wait; after that the worker waits, so that loud cells fill no memory
 
 
 Starter = Callable[[Path, int | None], "subprocess.Popen[bytes] | ForkedProcess"]
@@ -60,9 +61,14 @@ class Worker:
         self, task: Mapping[str, Any], log: Path, lock: int | None, start: Starter = start_worker
     ) -> None:
         self.process = start(log, lock)
-        self.events: Queue[dict[str, Any] | None] = Queue()
+        self.events: Queue[dict[str, Any] | None] = Queue(BACKLOG)
+        self.closing = threading.Event()  # nobody takes events any longer
         self.kernel: int | None = None  # process that leads the kernel's group
         self.reason: dict[str, str] | None = None  # why it was asked to stop
+        self.lasting = False  # whether its failure would only be met again
+        self.failure: dict[str, Any] | None = (
+            None  # what it said went wrong, also where it could not be saved
+        )
         self.deadline = float("inf")
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
@@ -72,8 +78,15 @@ class Worker:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             with contextlib.suppress(ValueError):
-                self.events.put(json.loads(line))
-        self.events.put(None)
+                self._hand_on(json.loads(line))
+        self._hand_on(None)
+
+    def _hand_on(self, event: dict[str, Any] | None) -> None:
+        handed = False
+        while not handed and not self.closing.is_set():
+            with contextlib.suppress(Full):
+                self.events.put(event, timeout=0.2)
+                handed = True
 
     def _send(self, message: Mapping[str, Any]) -> None:
         assert self.process.stdin is not None
@@ -91,6 +104,7 @@ def close(worker: Worker) -> None:
     """End the worker's process; unless it had ended well by itself, the group of its kernel as well."""
     process = worker.process
     assert process.stdin is not None and process.stdout is not None
+    worker.closing.set()
     with contextlib.suppress(OSError):
         process.stdin.close()
     try:
@@ -117,6 +131,8 @@ def follow(worker: Worker, timeout: float | None, cancelled: threading.Event, on
                 if event is None:
                     return
                 worker.kernel = event.get("pid", worker.kernel)
+                worker.lasting = event.get("lasting", worker.lasting)
+                worker.failure = event.get("error", worker.failure)
                 on_event(event)
             now = time.monotonic()
             if now > worker.deadline:

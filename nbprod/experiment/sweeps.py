@@ -6,96 +6,179 @@
 from __future__ import annotations
 
 import itertools
-import os
+import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
 
-from ..errors import ParameterError, RunError, UsageError
-from .execution import Trial, execute, kernels_for, new_id, open_source
-from .parameters import check_values
+from ..errors import UsageError
+from .execution import Source, new_id, open_source
+from .executors import Executor, Terms, open_executor
+from .plans import Given, Goal, make_goal, make_plan
 from .progress import run_progress
-from .runs import Run, Runs, read_run
-from .values import plain
-from ..settings import Settings
+from .resuming import State, find_sweep, load_state, sweep_lock
+from .runs import Run, Runs
+from .searching import Listed, Search, judged
+from ..settings import LOCAL, Settings, executor_address
+
+if TYPE_CHECKING:
+    from nbprod.experiment.plots import Plot
 
 # %% auto #0
-__all__ = ['combinations', 'sweep']
+__all__ = ['LOGGER', 'run_trials', 'SweepRuns', 'execute_sweep', 'sweep']
 
 # %% ../../nbs/experiment/sweeps.ipynb #ad75544d
-def combinations(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Each combination of the grid's values, by name. `ParameterError` for what is no list of values."""
-    lists = {}
-    for name, values in grid.items():
-        if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__iter__"):
-            raise ParameterError(f"The values to try for {name} must be a list, not {values!r}.")
-        lists[name] = list(values)
-        if not lists[name]:
-            raise ParameterError(f"Parameter {name} has no values to try.")
-    return [dict(zip(lists, chosen, strict=True)) for chosen in itertools.product(*lists.values())]
+def run_trials(
+    executor: Executor,
+    search: Search,
+    numbers: Iterable[int],
+    on_end: Callable[[int, Run], object],
+    cancelled: threading.Event,
+    limit: int | None = None,
+) -> None:
+    """Execute the trials with these numbers, at most `limit` at a time; `on_end` is called as each has ended.
+
+    Whatever is raised meanwhile sets `cancelled`, which stops the trials under way, and is raised.
+    """
+    waiting, ended = iter(numbers), SimpleQueue[Future[Run]]()
+    pending: dict[Future[Run], int] = {}
+    try:
+        while True:
+            places = limit if search.eager else min(executor.slots, limit or executor.slots)
+            free = None if places is None else max(0, max(1, places) - len(pending))
+            for number in itertools.islice(waiting, free):
+                future = executor.submit(search.ask(number), number)
+                pending[future] = number
+                future.add_done_callback(ended.put)
+            if not pending:
+                return
+            future = ended.get()
+            number, run = pending.pop(future), future.result()
+            search.tell(number, run)
+            on_end(number, run)
+    except BaseException:
+        cancelled.set()
+        for future in pending:
+            future.cancel()
+        raise
 
 # %% ../../nbs/experiment/sweeps.ipynb #1d4106f9
-def _execute_all(
-    start: Callable[[int], Run],
-    count: int,
-    jobs: int,
-    cancelled: threading.Event,
-    on_end: Callable[[Run], object],
-) -> list[Run]:
-    """Call `start` with each number below `count`, `jobs` at a time; the runs in their order."""
-    with ThreadPoolExecutor(jobs) as pool:
-        futures: list[Future[Run]] = [pool.submit(start, number) for number in range(count)]
-        try:
-            for future in as_completed(futures):
-                on_end(future.result())
-        except BaseException:
-            cancelled.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return [future.result() for future in futures]
+class SweepRuns(Runs):
+    """The runs of a sweep, one a trial. `id` names the sweep; `goal` is the metric that it was to find."""
+
+    def __init__(self, runs: Iterable[Run], id: str, goal: Goal | None = None) -> None:
+        super().__init__(runs)
+        self.id, self.goal = id, goal
+
+    def plot(self, metric: str | None = None) -> Plot:
+        """The metric (default: the one looked for) by what was varied, drawn in a notebook."""
+        from nbprod.experiment.plots import Plot
+
+        if self.goal is not None and metric in {None, self.goal.metric}:
+            return Plot(self, self.goal.metric, lowest=self.goal.lowest)
+        return super().plot(metric)
+
+    def _repr_html_(self) -> str:
+        return f"{self.plot()._repr_html_()}{super()._repr_html_()}"
 
 # %% ../../nbs/experiment/sweeps.ipynb #2d23e1c3
+LOGGER = logging.getLogger("nbprod")
+
+
+def _check_options(jobs: int | None, timeout: float | None, retries: int) -> None:
+    """Raise `UsageError` for what cannot be."""
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"jobs must be at least 1, not {jobs}.")
+    if timeout is not None and not timeout > 0:
+        raise UsageError(f"timeout must be a number of seconds above 0, not {timeout!r}.")
+    if retries < 0:
+        raise UsageError(f"retries must be at least 0, not {retries}.")
+
+
+def _judge(run: Run, goal: Goal | None) -> Run:
+    """`run`, with an error if it does not serve the goal, which is told at once."""
+    found = judged(run, goal)
+    if found is not run and found.error:
+        LOGGER.warning("nbprod: run %s (trial %s): %s", run.id, run.trial, found.error["error"])
+    return found
+
+# %% ../../nbs/experiment/sweeps.ipynb #35de6504
+def execute_sweep(
+    source: Source, state: State, terms: Terms, address: str, jobs: int | None, progress: bool | None
+) -> SweepRuns:
+    """Execute the trials that a sweep lacks, at `address`; the runs of all of its trials."""
+    goal = state.plan.goal
+    search, count = state.search(source)
+    made = {number: judged(run, goal) for number, run in state.finished.items()}
+    missing = [number for number in range(count) if number not in made]
+    at_once = max(1, min(jobs or source.settings.jobs, len(missing)))
+
+    def on_end(number: int, run: Run) -> None:
+        made[number] = _judge(run, goal)
+        hear(made[number])
+
+    if missing:
+        with (
+            open_executor(address, source, terms, at_once, state.plan.example()) as executor,
+            run_progress(source.path.name, count, progress, goal, [*made.values()]) as hear,
+        ):
+            limit = None if address == LOCAL else jobs  # the local one keeps to it by itself
+            try:
+                run_trials(executor, search, missing, on_end, terms.cancelled, limit)
+            except BaseException as error:
+                if made or isinstance(error, KeyboardInterrupt):  # otherwise nothing was begun
+                    text = "nbprod: sweep %s was interrupted; to go on with it: nbprod sweep %s --resume %s"
+                    LOGGER.warning(text, terms.sweep, source.name, terms.sweep)
+                raise
+    return SweepRuns((made[number] for number in sorted(made)), terms.sweep, goal)
+
+
 def sweep(
     notebook: str | Path,
-    grid: Mapping[str, Sequence[Any]],
+    grid: Given | None = None,
     *,
+    trials: int | None = None,
+    maximize: str | None = None,
+    minimize: str | None = None,
+    search_seed: int | None = None,
+    resume: str | None = None,
+    retry_failed: bool = False,
     jobs: int | None = None,
+    executor: str | None = None,
+    timeout: float | None = None,
+    retries: int = 0,
     settings: Settings | None = None,
     progress: bool | None = None,
-) -> Runs:
-    """Execute a notebook with every combination of the values in `grid`, `jobs` runs at a time.
+) -> SweepRuns:
+    """Execute a notebook with many values of its parameters, `jobs` runs at a time.
 
-    `jobs` is by default the setting of that name. The runs carry the same `sweep` id, and one that fails does
-    not stop the others. Raises `ParameterError` or `NotFoundError` before anything starts; `RunError` if the
-    store cannot be written; `KeyboardInterrupt` if stopped, after the runs under way were recorded.
+    `grid` has for each name a list of values, and every combination is executed; or it is a list with the
+    values of each run. With `trials`, that many combinations are drawn at random, also from ranges such as
+    `nbprod.uniform(2, 10)`; with a metric to `maximize` or `minimize` in addition, they are those that Optuna
+    proposes (extra `optuna`). `search_seed` makes the same draws again.
+
+    `jobs` and `executor` (`local`, or the address of a Dask scheduler) are by default the settings of these
+    names; `timeout` is in seconds for each run, `retries` how often a failed one is executed again. The runs
+    carry the same `sweep` id, and one that fails does not stop the others. `resume` is the id of a sweep that
+    was interrupted: what it lacks is executed, with `retry_failed` also its failed trials.
+
+    Raises `ParameterError`, `UsageError` or `NotFoundError` before anything starts; `RunError` if the store
+    cannot be written; `KeyboardInterrupt` if stopped, after the runs under way were recorded.
     """
     source = open_source(notebook, settings)
-    chosen = [check_values(source.parameters, values) for values in combinations(grid)]
-    jobs = source.settings.jobs if jobs is None else jobs
-    if jobs < 1:
-        raise UsageError(f"jobs must be at least 1, not {jobs}.")
-    jobs = min(jobs, len(chosen))
-    identity, cancelled = new_id(datetime.now(UTC)), threading.Event()
-    plan = {"values": [plain(values) for values in chosen]}
-    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
-
-    def start(number: int) -> Run:
-        trial = Trial(identity, number, plan)
-        try:
-            return execute(
-                source, chosen[number], trial=trial, threads=threads, cancelled=cancelled, warm=warm
-            )
-        except RunError as error:
-            run = read_run(error.path) if error.path else None
-            if run is None:
-                raise
-            return run
-
-    with (
-        kernels_for(source, chosen[0], threads) as warm,
-        run_progress(source.path.name, len(chosen), progress) as hear,
-    ):
-        return Runs(_execute_all(start, len(chosen), jobs, cancelled, hear))
+    _check_options(jobs, timeout, retries)
+    address = source.settings.executor if executor is None else executor_address(executor, "argument")
+    options: dict[str, Any] = {"trials": trials, "seed": search_seed, "goal": make_goal(maximize, minimize)}
+    if resume is None:
+        plan = make_plan(source.parameters, {} if grid is None else grid, **options)
+        state = State(new_id(datetime.now(UTC)), plan)
+    identity = state.id if resume is None else find_sweep(resume, source.settings)
+    with sweep_lock(identity, source.settings):
+        if resume is not None:
+            state = load_state(identity, source, grid, options, retry_failed=retry_failed)
+        terms = Terms(identity, state.plan.as_dict(), threading.Event(), timeout, retries)
+        return execute_sweep(source, state, terms, address, jobs, progress)

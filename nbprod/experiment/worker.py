@@ -20,7 +20,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from functools import partial
 from subprocess import DEVNULL
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from jupyter_client.manager import KernelManager
 from jupyter_core.utils import ensure_event_loop
 from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode, from_dict
-from nbformat.v4 import writes_json
+from nbformat.v4 import new_output, writes_json
 from nbformat.validator import get_validator
 from papermill import execute_notebook
 from papermill.clientwrap import PapermillNotebookClient
@@ -41,13 +40,15 @@ from .engine import kernel_config
 from .forking import ForkedProcess
 from .kernels import kernel_environment
 from .provisioning import is_this_python, use_forked
-from .recording import METADATA_KEY, NOTEBOOK_NAME, collect
+from .recording import METADATA_KEY, NOTEBOOK_NAME, collect, unwritable
 from .redaction import forms, redacted, redacted_notebook
+from .streaming import OutputStream
 from ..files import write_atomic
 
 # %% auto #0
-__all__ = ['PAUSE', 'PATIENCE', 'progress_entries', 'failed_line', 'cell_failure', 'other_failure', 'Stopped', 'Execution',
-           'RunManager', 'RunClient', 'RunEngine', 'end', 'execute', 'lines_of', 'listen', 'prepare', 'main']
+__all__ = ['PAUSE', 'PATIENCE', 'LOST', 'progress_entries', 'failed_line', 'cell_failure', 'NotSaved', 'other_failure', 'Stopped',
+           'Execution', 'RunManager', 'RunClient', 'RunEngine', 'save_what_fits', 'end', 'execute', 'lines_of',
+           'listen', 'prepare', 'main']
 
 # %% ../../nbs/experiment/worker.ipynb #708f9884
 def progress_entries(notebook: NotebookNode) -> dict[str, Any]:
@@ -77,6 +78,10 @@ def cell_failure(error: PapermillExecutionError) -> dict[str, Any]:
     return {"cell": error.cell_index + 3, "line": line, "error": f"{error.ename}: {error.evalue}"[:2000]}
 
 # %% ../../nbs/experiment/worker.ipynb #b255d314
+class NotSaved(Exception):
+    """The executed notebook cannot be saved."""
+
+
 def other_failure(error: Exception, cell: int | None) -> dict[str, Any]:
     """The record's `error` for what ended a run without an exception in a cell."""
     if isinstance(error, NoSuchKernel):
@@ -84,6 +89,8 @@ def other_failure(error: Exception, cell: int | None) -> dict[str, Any]:
         text = f"The kernel {error.name!r} is not installed (installed: {known}). Choose another in Jupyter."
     elif isinstance(error, DeadKernelError):
         text = "The kernel died: it was killed, crashed, or the memory was not enough."
+    elif isinstance(error, NotSaved):
+        text = str(error)
     else:
         text = f"{type(error).__name__}: {error}"
     return {"cell": cell, "line": "", "error": text}
@@ -109,6 +116,7 @@ class Execution:
         self.task, self.forked = task, forked
         self.hidden = forms(os.environ, task.get("secrets", ()))
         self.report = lambda event: report(redacted(event, self.hidden))
+        self.stream = OutputStream(report, self.hidden) if task.get("stream") else None
         self.path = Path(task["folder"]) / NOTEBOOK_NAME
         self.notebook: NotebookNode | None = None
         self.position: int | None = None  # of the current cell, from 1
@@ -118,8 +126,8 @@ class Execution:
         self.saved = float("-inf")  # by the clock of `time.monotonic`
         self.saving: asyncio.TimerHandle | None = None
 
-    def save(self, *, lasting: bool = True, **entries: Any) -> None:
-        """Write the notebook with what is known by now and `entries` in its record, whole or not at all."""
+    def save(self, *, durable: bool = True, **entries: Any) -> None:
+        """Write the notebook with what is known by now and `entries` in its record. Raises `NotSaved`."""
         assert self.notebook is not None
         if self.saving is not None:
             self.saving.cancel()
@@ -129,14 +137,21 @@ class Execution:
         if self.hidden:
             notebook = from_dict(redacted_notebook(notebook, self.hidden))
         content = writes_json(notebook) + "\n"
-        write_atomic(self.path, content.encode(errors="backslashreplace"), lasting=lasting)
+        try:
+            write_atomic(self.path, content.encode(errors="backslashreplace"), durable=durable)
+        except OSError as error:
+            raise NotSaved(unwritable(self.path, error)) from error
         self.saved = time.monotonic()
 
     def save_soon(self) -> None:
         """Save at once or, when that was done less than `PAUSE` seconds ago, while the next cell runs."""
-        save = partial(self.save, lasting=False)
+
+        def save() -> None:
+            with contextlib.suppress(NotSaved):  # the last saving will say so
+                self.save(durable=False)
+
         if time.monotonic() - self.saved >= PAUSE:
-            save()
+            self.save(durable=False)
         elif self.saving is None:
             self.saving = ensure_event_loop().call_later(PAUSE, save)
 
@@ -198,12 +213,14 @@ class RunManager(NotebookExecutionManager):
         super().cell_start(cell, cell_index, **options)
 
     def cell_complete(self, cell: NotebookNode, cell_index: int = 0, **options: Any) -> None:
+        if self.execution.stream:
+            self.execution.stream.flush()
         super().cell_complete(cell, cell_index, **options)
         self.execution.report({"event": "cell", "done": cell_index + 1})
 
 # %% ../../nbs/experiment/worker.ipynb #e8a3e6db
 class RunClient(PapermillNotebookClient):
-    """papermill's client, telling the `Execution` which process the kernel is."""
+    """papermill's client, telling the `Execution` which process the kernel is and what it puts out."""
 
     def create_kernel_manager(self) -> KernelManager:
         manager = super().create_kernel_manager()
@@ -217,6 +234,12 @@ class RunClient(PapermillNotebookClient):
         super().start_new_kernel(**options)
         execution.kernel = getattr(self.km.provisioner, "pid", None)
         execution.report({"event": "kernel", "pid": execution.kernel})
+
+    def process_message(self, *message: Any) -> NotebookNode | None:
+        output: NotebookNode | None = super().process_message(*message)
+        if output and self.nb_man.execution.stream:
+            self.nb_man.execution.stream.hear(output)
+        return output
 
 # %% ../../nbs/experiment/worker.ipynb #979b7bd7
 class RunEngine(NBClientEngine):
@@ -247,9 +270,27 @@ class RunEngine(NBClientEngine):
 
 papermill_engines.register("nbprod-run", RunEngine)
 
+# %% ../../nbs/experiment/worker.ipynb #71c0de02
+LOST = "nbprod: there was no room to save this output.\n"
+
+
+def save_what_fits(execution: Execution, entries: Mapping[str, Any]) -> None:
+    """Save a notebook with these entries in its record and as many outputs as fit. `NotSaved` if none do."""
+    assert execution.notebook is not None
+    cells = [cell for cell in execution.notebook.cells if cell.get("outputs")]
+    for cell in sorted(cells, key=lambda cell: len(json.dumps(cell.outputs)), reverse=True):
+        cell.outputs = [new_output("stream", name="stderr", text=LOST)]
+        with contextlib.suppress(NotSaved):
+            execution.save(**entries)
+            return
+    execution.save(**entries)
+
 # %% ../../nbs/experiment/worker.ipynb #a00d1519
-def end(execution: Execution, failure: dict[str, Any] | None) -> None:
-    """Write and report the end of a run: stopped, failed with `failure`, or succeeded."""
+def end(execution: Execution, failure: dict[str, Any] | None, lasting: bool = False) -> None:
+    """Write and report the end of a run: stopped, failed with `failure`, or succeeded.
+
+    `lasting` tells the parent that the same failure awaits another attempt.
+    """
     execution.ended.set()
     status = "failed" if failure else "succeeded"
     if execution.stopped:
@@ -264,16 +305,19 @@ def end(execution: Execution, failure: dict[str, Any] | None) -> None:
             "error": failure,
             "models": models if status == "succeeded" else [],
         }
+        outcome |= {"ended": now.isoformat(), "seconds": (now - started).total_seconds()}
         try:
-            execution.save(**outcome, ended=now.isoformat(), seconds=(now - started).total_seconds())
-        except OSError as error:
-            status, failure = "failed", other_failure(error, None)
-    execution.report({"event": "end", "status": status, "error": failure})
+            execution.save(**outcome)
+        except NotSaved as error:
+            status, failure, lasting = "failed", other_failure(error, None), True
+            with contextlib.suppress(NotSaved):
+                save_what_fits(execution, outcome | {"status": status, "error": failure, "models": []})
+    execution.report({"event": "end", "status": status, "error": failure, "lasting": lasting})
 
 # %% ../../nbs/experiment/worker.ipynb #dbc9c459
 def execute(execution: Execution) -> None:
     """Execute the run's notebook and write how it ended; nothing that a notebook does is raised."""
-    task, failure = execution.task, None
+    task, failure, lasting = execution.task, None, False
     try:
         execute_notebook(
             str(execution.path).replace("{", "{{").replace("}", "}}"),
@@ -291,7 +335,8 @@ def execute(execution: Execution) -> None:
         print(redacted(traceback.format_exc(), execution.hidden), file=sys.stderr)
         execution.signal_kernel(signal.SIGKILL)  # it has gone, but what it started may be left
         failure = other_failure(error, execution.position)
-    end(execution, failure)
+        lasting = isinstance(error, NoSuchKernel | NotSaved)
+    end(execution, failure, lasting)
 
 # %% ../../nbs/experiment/worker.ipynb #11acf008
 def lines_of(descriptor: int, parent: int) -> Iterator[str]:

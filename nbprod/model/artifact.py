@@ -22,7 +22,7 @@ from ..files import is_held
 from .baseline import profile
 from .contract import Contract, infer_contract, plain_rows
 from .pipeline import Answer, answer, write_pipeline
-from .store import commit, staging_folder
+from .store import commit, share, staging_folder
 from ..settings import Settings, bentoml_home, find_project, load_settings
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['TYPICAL_EXAMPLES', 'NOT_SERVED', 'golden_examples', 'holdout_metrics', 'check_name', 'estimator_name', 'stage',
-           'log_model', 'commit_staged', 'recover']
+           'log_model', 'commit_staged', 'publish_models', 'recover']
 
 # %% ../../nbs/model/artifact.ipynb #0978ce9d
 TYPICAL_EXAMPLES = 24
@@ -237,6 +237,12 @@ def commit_staged(run: Run, _settings: Settings) -> None:
         shutil.rmtree(folder)
     with suppress(OSError):  # still there only if something of the user's is in it
         (run.folder / "model").rmdir()
+
+
+def publish_models(run: Run, settings: Settings) -> None:
+    """Upload the models of a run to the store that is shared with others. Raises `StoreError`."""
+    for tag in run.models:
+        share(tag, settings)
 
 
 def recover(settings: Settings) -> None:

@@ -6,29 +6,34 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import NotFoundError, did_you_mean
+from ..errors import ModelError, NotFoundError, StoreError, did_you_mean
+from ..experiment.fingerprints import file_facts
+from ..files import write_atomic
 from .baseline import Baseline
 from .contract import Contract
 from .pipeline import Answer, answer, read_pipeline
-from ..settings import bentoml_home, load_settings
+from ..remote import Remote, create_file, get_folder, list_files, marked, put_folder, read_files
+from ..settings import Settings, bentoml_home, load_settings
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
 # %% auto #0
-__all__ = ['staging_folder', 'commit', 'make_importable', 'read_json', 'Version', 'Model', 'models', 'load']
+__all__ = ['LOGGER', 'MANIFEST', 'staging_folder', 'commit', 'make_importable', 'read_json', 'shared_store', 'hashes_of', 'share',
+           'fetch', 'Version', 'Model', 'shared_models', 'models', 'load']
 
 # %% ../../nbs/model/store.ipynb #3a0e1dde
 @contextmanager
@@ -83,6 +88,63 @@ def read_json(path: Path) -> dict[str, Any]:
     value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return value
 
+# %% ../../nbs/model/store.ipynb #c3ba00b0
+LOGGER = logging.getLogger("nbprod")
+
+
+def shared_store() -> Remote | None:
+    """The store that the project shares with others; None where there is none."""
+    settings = load_settings(required=False)
+    return Remote(settings.remote) if settings.remote else None
+
+
+MANIFEST = "manifest.json"
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file below `folder`, by its path; not of hidden ones."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return {path.relative_to(folder).as_posix(): file_facts(path)["sha256"] for path in files}
+
+
+def share(tag: str, settings: Settings) -> None:
+    """Upload the version `tag` to the shared store, if there is one that lacks it. Raises `StoreError`."""
+    name, version = tag.split(":")
+    folder = bentoml_home() / "models" / name / version
+    if not settings.remote or not folder.exists():
+        return
+    remote, place = Remote(settings.remote), f"models/{name}/{version}"
+    if version not in marked(remote, f"models/{name}", MANIFEST):
+        put_folder(remote, folder, place, last="facts.json")
+        with suppress(FileExistsError):  # another process was faster
+            create_file(remote, f"{place}/{MANIFEST}", json.dumps(hashes_of(folder)).encode())
+
+# %% ../../nbs/model/store.ipynb #761ef259
+def fetch(tag: str, folder: Path) -> None:
+    """Bring the version `tag` from the shared store to `folder`.
+
+    Raises `NotFoundError` if it is not there, `ModelError` if its files are not those that were published.
+    """
+    remote, (name, version) = shared_store(), tag.split(":")
+    with staging_folder(bentoml_home() / "tmp") as scratch:
+        made = scratch / version
+        if remote is not None:
+            get_folder(remote, f"models/{name}/{version}", made)
+        if not (made / MANIFEST).exists():
+            raise NotFoundError(f"The model {tag} is neither in {folder} nor in the shared store.")
+        expected = read_json(made / MANIFEST)
+        (made / MANIFEST).unlink()
+        found = hashes_of(made)
+        wrong = [each for each in {**expected, **found} if expected.get(each) != found.get(each)]
+        if wrong:
+            names = ", ".join(sorted(wrong)[:5])
+            raise ModelError(f"{tag} in {remote} is not what was published: {names}. It was not loaded.")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):  # another process was faster
+            made.rename(folder)
+        if not (folder.parent / "latest").exists():
+            (folder.parent / "latest").write_text(version, encoding="utf-8")
+
 # %% ../../nbs/model/store.ipynb #50649003
 @dataclass(frozen=True)
 class Version:
@@ -104,10 +166,16 @@ class Version:
         """The part of the tag after the colon."""
         return self.tag.split(":")[1]
 
+    def file(self, name: str) -> Path:
+        """The path of one of its files. A version that only the shared store has is fetched first."""
+        if not self.folder.exists():
+            fetch(self.tag, self.folder)
+        return self.folder / name
+
     @cached_property
     def facts(self) -> dict[str, Any]:
         """created, estimator, classes, library, holdout, run, and of the run: params, metrics, lineage."""
-        return read_json(self.folder / "facts.json")
+        return read_json(self.file("facts.json"))
 
     @property
     def run(self) -> str | None:
@@ -118,7 +186,7 @@ class Version:
     @property
     def notebook(self) -> Path | None:
         """The executed notebook that made the model, if a run did."""
-        path = self.folder / "notebook.ipynb"
+        path = self.file("notebook.ipynb")
         return path if path.exists() else None
 
 # %% ../../nbs/model/store.ipynb #78857f78
@@ -129,23 +197,23 @@ class Model(Version):
     @cached_property
     def contract(self) -> Contract:
         """The columns that the model takes."""
-        return Contract.from_dict(read_json(self.folder / "contract.json"))
+        return Contract.from_dict(read_json(self.file("contract.json")))
 
     @cached_property
     def baseline(self) -> Baseline:
         """The training profile of the columns and of the predictions."""
-        return Baseline.from_dict(read_json(self.folder / "baseline.json"))
+        return Baseline.from_dict(read_json(self.file("baseline.json")))
 
     @cached_property
     def examples(self) -> dict[str, Any]:
         """Golden examples: rows, predictions, probabilities."""
-        return read_json(self.folder / "examples.json")
+        return read_json(self.file("examples.json"))
 
     @cached_property
     def pipeline(self) -> Any:
         """The fitted scikit-learn pipeline."""
         make_importable(self.library)
-        return read_pipeline(self.folder / "pipeline.skops", self.library)
+        return read_pipeline(self.file("pipeline.skops"), self.library)
 
     @property
     def classes(self) -> list[Any] | None:
@@ -162,7 +230,7 @@ class Model(Version):
     @property
     def library_path(self) -> Path | None:
         """The folder that holds the package `library` as it was in training."""
-        return self.folder / "library" if self.library else None
+        return self.file("library") if self.library else None
 
     def answer(self, frame: pd.DataFrame) -> Answer:
         """Predictions and probabilities for `frame`, checked by the contract."""
@@ -181,12 +249,48 @@ class Model(Version):
         facts = {"name": self.name, "version": self.version, "created": self.facts["created"]}
         return {"tag": self.tag, **facts, "run": self.run, "format": "skops", "compiled": "no"}
 
+# %% ../../nbs/model/store.ipynb #23fae384
+def _facts_of(names: Iterable[str], remote: Remote, settings: Settings) -> dict[str, dict[str, Any]]:
+    """The facts of versions in the shared store, by `name/version`; those that were read before from here."""
+    kept = {name: settings.store / "shared" / f"{name}.json" for name in names}
+    missing = [name for name, path in kept.items() if not path.exists()]
+    for file, content in read_files(remote, (f"models/{name}/facts.json" for name in missing)).items():
+        path = kept[file.removeprefix("models/").removesuffix("/facts.json")]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content)
+    return {name: read_json(path) for name, path in kept.items() if path.exists()}
+
+
+def shared_models(name: str | None, known: Collection[str]) -> list[Model]:
+    """The versions that only the shared store has: not those whose tags are `known`."""
+    settings = load_settings(required=False)
+    if not settings.remote:
+        return []
+    remote, home = Remote(settings.remote), bentoml_home() / "models"
+    try:
+        top = f"models/{name}" if name else "models"
+        files = [f"{name}/{file}" if name else file for file in list_files(remote, top)]
+        places = [file.removesuffix(f"/{MANIFEST}") for file in files if file.endswith(f"/{MANIFEST}")]
+        wanted = [place for place in places if place.count("/") == 1 and place.replace("/", ":") not in known]
+        facts = _facts_of(wanted, remote, settings)
+    except StoreError as error:
+        LOGGER.warning("nbprod: only the models that are here are listed. %s", error)
+        return []
+    found = [Model(place.replace("/", ":"), home / place) for place in facts]
+    for model, value in zip(found, facts.values(), strict=True):
+        model.__dict__["facts"] = value  # what the property would read from a file that is not here
+    return found
+
 # %% ../../nbs/model/store.ipynb #533d4258
 def models(name: str | None = None) -> list[Model]:
-    """The versions in the BentoML store that nbprod made, newest first; with `name`, those of one model."""
+    """The versions that nbprod made, newest first; with `name`, those of one model.
+
+    They are in the BentoML store, or in the store that is shared with others and fetched when they are used.
+    """
     store = bentoml_home() / "models"
     folders = [path.parent for path in store.glob(f"{name or '*'}/*/contract.json")]
     found = [Model(f"{folder.parent.name}:{folder.name}", folder) for folder in folders]
+    found += shared_models(name, {model.tag for model in found})
     return sorted(found, key=lambda model: (model.facts["created"], model.tag), reverse=True)
 
 # %% ../../nbs/model/store.ipynb #0e8faee3
@@ -202,6 +306,9 @@ def _unknown_name(name: str) -> NotFoundError:
 def load(tag: str) -> Model:
     """The model of a tag `name:version`, `name:latest` or `name` (the latest); the pipeline is read later."""
     name, _, version = tag.partition(":")
+    here = bentoml_home() / "models" / name / version
+    if version not in ("", "latest") and (here / "contract.json").exists():
+        return Model(tag, here)
     known = models(name)
     if not known:
         raise _unknown_name(name)

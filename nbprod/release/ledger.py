@@ -5,83 +5,23 @@
 # %% ../../nbs/release/ledger.ipynb #b36bf030
 from __future__ import annotations
 
-import fcntl
 import getpass
-import json
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
 from datetime import datetime, UTC
-from pathlib import Path
-from typing import Any
 
 from ..errors import NotFoundError, ReleaseError, UsageError, did_you_mean
 from ..model.artifact import recover
 from ..model.store import Model, load, make_importable
 from .gates import Gate, pass_gates
+from .journal import Release, releases, write_entry
 from ..settings import Settings, load_settings
 
 # %% auto #0
-__all__ = ['Release', 'releases', 'aliases', 'resolve', 'load_model', 'promote', 'rollback']
-
-# %% ../../nbs/release/ledger.ipynb #f6558049
-@dataclass(frozen=True)
-class Release:
-    """One move of an alias: from `previous` (None the first time) to `model`, both tags.
-
-    `time` is ISO 8601 in UTC, `action` is promote or rollback, `gates` holds name, passed and text of each.
-    """
-
-    time: str
-    action: str
-    alias: str
-    model: str
-    previous: str | None
-    who: str
-    why: str
-    gates: list[dict[str, Any]] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The entry as JSON values."""
-        return asdict(self)
-
-# %% ../../nbs/release/ledger.ipynb #7e910a7b
-def _ledger(name: str, settings: Settings) -> Path:
-    return settings.releases / f"{name}.jsonl"
-
-# %% ../../nbs/release/ledger.ipynb #435905bf
-def releases(name: str, settings: Settings | None = None) -> list[Release]:
-    """Every release of the model `name`, oldest first; empty where there was none."""
-    path = _ledger(name, settings or load_settings())
-    if not path.exists():
-        return []
-    whole, _, _ = path.read_bytes().rpartition(b"\n")
-    return [Release(**json.loads(line)) for line in whole.splitlines()]
-
-# %% ../../nbs/release/ledger.ipynb #09d0ed51
-@contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    """The open, exclusively locked file descriptor of a ledger."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-# %% ../../nbs/release/ledger.ipynb #4846e2ed
-def _append(descriptor: int, path: Path, release: Release) -> None:
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        os.ftruncate(descriptor, content.rfind(b"\n") + 1)
-    os.write(descriptor, json.dumps(release.as_dict()).encode() + b"\n")
-    os.fsync(descriptor)
+__all__ = ['aliases', 'resolve', 'load_model', 'promote', 'rollback']
 
 # %% ../../nbs/release/ledger.ipynb #c46f4861
-def _stack(entries: list[Release], alias: str) -> list[str]:
+def _stack(entries: Sequence[Release], alias: str) -> list[str]:
     """The tags that `alias` stands on, the current one last."""
     stack: list[str] = []
     for entry in entries:
@@ -144,27 +84,28 @@ def promote(model: str, alias: str, why: str = "", *, settings: Settings | None 
     settings = settings or load_settings()
     chosen = resolve(model, settings)
     found = _passed_gates(chosen, alias)
-    path = _ledger(chosen.name, settings)
-    with _locked(path) as descriptor:
-        entries = [entry for entry in releases(chosen.name, settings) if entry.alias == alias]
-        if entries and entries[-1].model == chosen.tag:
-            return entries[-1]
-        entry = _entry("promote", alias, chosen.tag, entries[-1].model if entries else None, why)
+
+    def decide(entries: Sequence[Release]) -> Release:
+        moves = [entry for entry in entries if entry.alias == alias]
+        if moves and moves[-1].model == chosen.tag:
+            return moves[-1]
+        entry = _entry("promote", alias, chosen.tag, moves[-1].model if moves else None, why)
         entry.gates.extend(gate.as_dict() for gate in found)
-        _append(descriptor, path, entry)
-    return entry
+        return entry
+
+    return write_entry(chosen.name, decide, settings)
 
 # %% ../../nbs/release/ledger.ipynb #7f655708
 def rollback(name: str, alias: str, why: str = "", *, settings: Settings | None = None) -> Release:
     """Let `alias` of the model `name` stand where it stood before its last promotion; returns the entry."""
     settings = settings or load_settings()
-    path = _ledger(name, settings)
     if alias not in aliases(name, settings):
         raise NotFoundError(f"{name!r} has no alias {alias!r}, so there is nothing to roll back.")
-    with _locked(path) as descriptor:
-        stack = _stack(releases(name, settings), alias)
+
+    def decide(entries: Sequence[Release]) -> Release:
+        stack = _stack(entries, alias)
         if len(stack) < 2:
             raise ReleaseError(f"{name}@{alias} has no earlier release: {stack[0]} was its first.")
-        entry = _entry("rollback", alias, load(stack[-2]).tag, stack[-1], why)
-        _append(descriptor, path, entry)
-    return entry
+        return _entry("rollback", alias, load(stack[-2]).tag, stack[-1], why)
+
+    return write_entry(name, decide, settings)
