@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .contract import Column, Contract
-from .conversion import Width, convert, feed, kind_of, open_session, parts
+from .conversion import Width, convert, feed, kind_of, open_session, parts, split_values
 from .pipeline import Answer, answer
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ __all__ = ['TYPICAL', 'BASES', 'EDGES', 'TOLERANCE', 'odd_values', 'probe_rows',
 
 # %% ../../nbs/model/compile.ipynb #883e2dd0
 def odd_values(column: Column) -> list[Any]:
-    """Values of a column that a converted graph may treat otherwise: null, unseen, extreme. As pandas takes them."""
+    """Values of a column, as pandas takes them, that a graph may treat otherwise."""
     odd: list[Any] = [None] if column.nullable else []
     if column.type == "string":
         seen = list(column.categories or ())[:2]
@@ -70,19 +70,7 @@ def probe_rows(contract: Contract, inputs: pd.DataFrame) -> pd.DataFrame:
 # %% ../../nbs/model/compile.ipynb #eff0d2f9
 def thresholds(model: Any) -> list[float]:
     """Every split threshold of the trees in a fitted estimator; none where there are no trees."""
-    import numpy as np
-
-    found: list[float] = []
-    for stage in getattr(model, "_predictors", ()):  # gradient boosting by histograms
-        for tree in stage:
-            inner = ~tree.nodes["is_leaf"].astype(bool)
-            found += tree.nodes["num_threshold"][inner].tolist()
-    if hasattr(model, "tree_"):
-        found += model.tree_.threshold[model.tree_.children_left >= 0].tolist()
-    inside = getattr(model, "estimators_", None)
-    for each in [] if inside is None else np.ravel(np.asarray(inside, dtype=object)):
-        found += thresholds(each)
-    return sorted({value for value in found if math.isfinite(value)})
+    return sorted({value for tree in split_values(model) for value in tree if math.isfinite(value)})
 
 
 def neighbours(value: float) -> list[float]:
@@ -101,7 +89,7 @@ EDGES = 60  # thresholds tried in each column
 def edge_rows(inputs: Any, splits: Sequence[float]) -> Any:
     """Rows like the first of `inputs`, with numbers next to thresholds that lie in their column's range.
 
-    A table or an array as `inputs` is, also in its types; the type of a column decides which neighbours differ.
+    A table or an array as `inputs` is, also in its types.
     """
     import numpy as np
     import pandas as pd
@@ -135,10 +123,11 @@ def difference(expected: Answer, given: Answer) -> float:
     worst = 0.0
     if expected.probabilities is not None or one.dtype.kind != "f":
         worst = 0.0 if (one == other).all() else math.inf
-    pairs = [(expected.probabilities, given.probabilities)] if expected.probabilities is not None else []
-    pairs += [(one, other)] if one.dtype.kind == "f" else []
-    for left, right in pairs:
-        left, right = np.asarray(left, dtype=float), np.asarray(right, dtype=float)
+    pairs: list[tuple[Any, Any]] = [(one, other)] if one.dtype.kind == "f" else []
+    if expected.probabilities is not None:
+        pairs.append((expected.probabilities, given.probabilities))
+    for pair in pairs:
+        left, right = (np.asarray(each, dtype=float) for each in pair)
         if left.shape != right.shape or not (np.isnan(left) == np.isnan(right)).all():
             return math.inf
         with np.errstate(invalid="ignore"):
@@ -174,8 +163,8 @@ class Predictor:
 class Verdict:
     """Whether and how a model was compiled: `whole`, in `part` (after `steps` Python steps), or `no`.
 
-    `difference` is the largest found on `rows` rows, `tolerance` what would have been accepted. `microseconds` are
-    those of one row, by `pipeline` and `compiled`. `reason` says why it is not more.
+    `difference` is the largest found on `rows` rows, `tolerance` what would be accepted. `microseconds`
+    are those of one row, by `pipeline` and `compiled`. `reason` says why it is not more.
     """
 
     compiled: str

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['Width', 'MISSING', 'parts', 'kind_of', 'feed', 'plain_attribute', 'exact_thresholds', 'convert', 'open_session']
+__all__ = ['Width', 'MISSING', 'parts', 'kind_of', 'feed', 'plain_attribute', 'split_values', 'set_thresholds', 'convert',
+           'open_session']
 
 # %% ../../nbs/model/conversion.ipynb #7dfb6190
 def parts(model: Any) -> Iterator[tuple[Any | None, Any]]:
-    """Each way to cut a fitted model in two, the longest second part first: the steps before it, and that part.
+    """Each way to cut a fitted model in two: the steps before, and the rest, which gets shorter.
 
     The first is None where the second is the whole model.
     """
@@ -104,7 +105,7 @@ class _PlainContainer:
 
 # %% ../../nbs/model/conversion.ipynb #41b87f3d
 def _fill(scope: Any, operator: Any, container: Any) -> None:
-    """The graph of a `SimpleImputer` of numbers: where an input is missing, what was learned for its column."""
+    """The graph of a `SimpleImputer` of numbers: what was learned, where an input is missing."""
     import numpy as np
     from onnx import TensorProto
     from skl2onnx.common._registration import get_converter
@@ -139,52 +140,104 @@ def _converters() -> dict[type, Callable[..., Any]]:
     kinds = (HistGradientBoostingClassifier, HistGradientBoostingRegressor)
     return {kind: plain(f"Sklearn{kind.__name__}") for kind in kinds} | {SimpleImputer: _fill}
 
-# %% ../../nbs/model/conversion.ipynb #046f0349
-def _exact(node: Any, name: str, values: Sequence[float]) -> None:
-    """Give a node the attribute `name` as a tensor of 64-bit floats."""
+# %% ../../nbs/model/conversion.ipynb #581ca9ca
+def _replace(node: Any, name: str, *attributes: Any) -> None:
+    """Take the attribute `name` from a node, and give it these."""
+    kept = [attribute for attribute in node.attribute if attribute.name != name]
+    del node.attribute[:]
+    node.attribute.extend([*kept, *attributes])
+
+
+def _tensor(name: str, values: Sequence[float]) -> Any:
+    """The attribute `name` as a tensor of 64-bit floats."""
     from onnx import helper, numpy_helper
     import numpy as np
 
-    kept = [attribute for attribute in node.attribute if attribute.name != name]
-    del node.attribute[:]
-    node.attribute.extend(kept)
     tensor = numpy_helper.from_array(np.asarray(values, dtype=np.float64), name=f"{name}_as_tensor")
-    node.attribute.append(helper.make_attribute(f"{name}_as_tensor", tensor))
+    return helper.make_attribute(f"{name}_as_tensor", tensor)
 
-
-def exact_thresholds(graph: Any, final: Any) -> bool:
-    """Give the trees of `graph` the thresholds that `final`, gradient boosting by histograms, has.
-
-    Whether that could be done: false for any other estimator, and where the graph is not built as expected.
-    """
+# %% ../../nbs/model/conversion.ipynb #19822c6c
+def split_values(model: Any) -> list[list[float]]:
+    """The split thresholds of a fitted estimator by tree and node, in the order of a graph; 0 in a leaf."""
     import numpy as np
 
-    trees = [tree for stage in getattr(final, "_predictors", ()) for tree in stage]
+    if hasattr(model, "_predictors"):  # gradient boosting by histograms
+        trees = [tree.nodes for stage in model._predictors for tree in stage]
+        return [np.where(nodes["is_leaf"], 0.0, nodes["num_threshold"]).tolist() for nodes in trees]
+    if hasattr(model, "tree_"):
+        return [np.where(model.tree_.children_left >= 0, model.tree_.threshold, 0.0).tolist()]
+    inside = getattr(model, "estimators_", None)
+    found = [] if inside is None else np.ravel(np.asarray(inside, dtype=object)).tolist()
+    return [values for each in found for values in split_values(each)]
+
+
+def _thresholds(node: Any, final: Any) -> list[float] | None:
+    """The thresholds of `final` in the order of a node of trees; None if it is not built as expected."""
+    import numpy as np
+
+    trees = split_values(final)
+    has = {attribute.name: list(attribute.ints) or list(attribute.floats) for attribute in node.attribute}
+    found: list[float] = []
+    for tree, place, rounded in zip(
+        has["nodes_treeids"], has["nodes_nodeids"], has["nodes_values"], strict=True
+    ):
+        if tree >= len(trees) or place >= len(trees[tree]):
+            return None
+        found.append(trees[tree][place])
+        if np.float32(found[-1]) != np.float32(rounded):
+            return None
+    return found
+
+# %% ../../nbs/model/conversion.ipynb #5b30ef2f
+def _below(values: Sequence[float]) -> list[float]:
+    """The largest 32-bit floats that are at most these."""
+    import numpy as np
+
+    single = np.asarray(values, dtype=np.float64).astype(np.float32)
+    above = single.astype(np.float64) > np.asarray(values)
+    return np.where(above, np.nextafter(single, np.float32(-np.inf)), single).astype(float).tolist()
+
+
+def set_thresholds(graph: Any, final: Any, width: Width) -> bool:
+    """Give the trees of `graph` the thresholds that the fitted estimator `final` compares with.
+
+    Whether that could be done: false where there are no trees, and where the graph is not built as expected.
+    """
+    from onnx import helper
+
     nodes = [node for node in graph.graph.node if node.op_type.startswith("TreeEnsemble")]
-    if not trees or len(nodes) != 1:
+    values = _thresholds(nodes[0], final) if len(nodes) == 1 else None
+    if values is None:
         return False
     [node] = nodes
-    has = {attribute.name: list(attribute.ints) or list(attribute.floats) for attribute in node.attribute}
-    places = zip(has["nodes_treeids"], has["nodes_nodeids"], has["nodes_values"], strict=True)
-    values = []
-    for tree, place, rounded in places:
-        found = trees[tree].nodes[place]
-        values.append(0.0 if found["is_leaf"] else float(found["num_threshold"]))
-        if np.float32(values[-1]) != np.float32(rounded):
-            return False
+    if width == "float32":
+        _replace(node, "nodes_values", helper.make_attribute("nodes_values", _below(values)))
+        return True
+    has = {attribute.name: list(attribute.floats) for attribute in node.attribute}
     for name in ("class_weights", "target_weights", "base_values"):
         if name in has:
-            _exact(node, name, has[name])
-    _exact(node, "nodes_values", values)
-    kept = [attribute for attribute in node.attribute if attribute.name != "nodes_hitrates"]
-    del node.attribute[:]
-    node.attribute.extend(kept)
+            _replace(node, name, _tensor(name, has[name]))
+    _replace(node, "nodes_values", _tensor("nodes_values", values))
+    _replace(node, "nodes_hitrates")
     for operators in graph.opset_import:
         if operators.domain == "ai.onnx.ml":
             operators.version = max(operators.version, 3)
     return True
 
 # %% ../../nbs/model/conversion.ipynb #c5a65200
+def _as_read(part: Any, final: Any, width: Width) -> Any:
+    """`part`, with a step that makes 32-bit floats of what trees read as such after steps in 64 bits."""
+    import numpy as np
+    from skl2onnx.sklapi import CastTransformer
+    from sklearn.pipeline import Pipeline
+
+    if width == "float32" or hasattr(final, "_predictors") or not split_values(final):
+        return part
+    before = part.steps[:-1] if isinstance(part, Pipeline) else []
+    casts = [("single", CastTransformer(dtype=np.float32)), ("double", CastTransformer(dtype=np.float64))]
+    return Pipeline([*before, *casts, ("final", final)])
+
+
 def convert(part: Any, inputs: Any, width: Width) -> bytes:
     """The ONNX graph of a fitted estimator or pipeline that takes such `inputs` (a table or an array).
 
@@ -196,15 +249,14 @@ def convert(part: Any, inputs: Any, width: Width) -> bytes:
     options = {id(final): {"zipmap": False}} if hasattr(final, "predict_proba") else None
     try:
         graph = convert_sklearn(
-            part,
+            _as_read(part, final, width),
             initial_types=_input_types(inputs, width),
             options=options,
             custom_conversion_functions=_converters(),
         )
     except Exception as error:  # skl2onnx raises whatever a converter meets
         raise ModelError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
-    if width == "float64":
-        exact_thresholds(graph, final)
+    set_thresholds(graph, final, width)
     for output in graph.graph.output:  # operators that give 32 bits are declared to give 64
         output.ClearField("type")
     content: bytes = graph.SerializeToString()
