@@ -164,7 +164,7 @@ class Plot:
         told = [described(run, self.names, self.goal.metric) for run in lacking[:LISTED]]
         told += [f"and {len(lacking) - LISTED} more"] if len(lacking) > LISTED else []
         items = "".join(f"<li>{safe(each)}</li>" for each in told)
-        listed = f"<p>Without {safe(self.goal.metric or 'a metric')}:</p><ul>{items}</ul>" if items else ""
+        listed = f"<p>Not drawn:</p><ul>{items}</ul>" if items else ""
         return f"<div>{self._repr_svg_()}{listed}</div>"
 
     def __repr__(self) -> str:
