@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ModelError
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
 # %% auto #0
-__all__ = ['TRUSTED_PACKAGES', 'TRUSTED_TYPES', 'Answer', 'answer', 'untrusted_types', 'read_pipeline', 'write_pipeline']
+__all__ = ['TRUSTED_PACKAGES', 'TRUSTED_TYPES', 'Answer', 'Arrays', 'compute', 'answer', 'untrusted_types', 'read_pipeline',
+           'write_pipeline']
 
 # %% ../../nbs/model/pipeline.ipynb #4ad9e1d5
 @dataclass(frozen=True)
@@ -36,15 +38,32 @@ def _before_last(model: Any, frame: pd.DataFrame) -> tuple[Any, Any]:
     return model[-1], model[:-1].transform(frame)
 
 # %% ../../nbs/model/pipeline.ipynb #32497537
-def answer(model: Any, frame: pd.DataFrame) -> Answer:
-    """What a fitted scikit-learn `model` with one output answers to `frame`."""
+@dataclass(frozen=True)
+class Arrays:
+    """An answer to n rows: `predictions`, n (or n by outputs); `probabilities`, n by classes, or None."""
+
+    predictions: np.ndarray
+    probabilities: np.ndarray | None
+
+    def answer(self) -> Answer:
+        """The same in plain values."""
+        probabilities = None if self.probabilities is None else self.probabilities.tolist()
+        return Answer(self.predictions.tolist(), probabilities)
+
+
+def compute(model: Any, frame: pd.DataFrame) -> Arrays:
+    """What a fitted scikit-learn `model` with one output answers to `frame`, as arrays."""
     final, inputs = _before_last(model, frame)
     predictions = final.predict(inputs)
     if getattr(predictions, "ndim", 1) != 1:
         outputs = predictions.shape[1]
         raise ModelError(f"{type(model).__name__} predicts {outputs} outputs a row; one is supported.")
-    probabilities = final.predict_proba(inputs).tolist() if hasattr(final, "predict_proba") else None
-    return Answer(predictions.tolist(), probabilities)
+    return Arrays(predictions, final.predict_proba(inputs) if hasattr(final, "predict_proba") else None)
+
+
+def answer(model: Any, frame: pd.DataFrame) -> Answer:
+    """What a fitted scikit-learn `model` answers to `frame`, in plain values."""
+    return compute(model, frame).answer()
 
 # %% ../../nbs/model/pipeline.ipynb #dd902f0e
 TRUSTED_PACKAGES = ("sklearn", "scipy")

@@ -23,7 +23,7 @@ from ..experiment.fingerprints import file_facts
 from ..files import write_atomic
 from .baseline import Baseline
 from .contract import Contract
-from .pipeline import Answer, answer, read_pipeline
+from .pipeline import Answer, Arrays, compute, read_pipeline
 from ..remote import Remote, create_file, get_folder, list_files, marked, put_folder, read_files
 from ..settings import Settings, bentoml_home, load_settings
 
@@ -241,9 +241,13 @@ class Model(Version):
         """The folder that holds the package `library` as it was in training."""
         return self.file("library") if self.library else None
 
+    def compute(self, checked: pd.DataFrame) -> Arrays:
+        """Predictions and probabilities, as arrays, for a frame that the contract has checked."""
+        return compute(self.pipeline, checked)
+
     def answer(self, frame: pd.DataFrame) -> Answer:
         """Predictions and probabilities for `frame`, checked by the contract."""
-        return answer(self.pipeline, self.contract.check_frame(frame))
+        return self.compute(self.contract.check_frame(frame)).answer()
 
     def predict(self, frame: pd.DataFrame) -> np.ndarray:
         """What the pipeline's `predict` gives for `frame`, checked by the contract."""
