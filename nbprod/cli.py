@@ -13,9 +13,9 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 # %% auto #0
-__all__ = ['Argument', 'Command', 'VERBS', 'MODEL', 'NAME', 'NOTEBOOK', 'RUN', 'ALIAS', 'WHY', 'PORT', 'JSON', 'PARAMETER',
-           'FILE', 'OPTION', 'RUN_COLUMNS', 'COLORS', 'text', 'print_table', 'print_cells', 'print_json', 'shown',
-           'split_assignments', 'split_values', 'takes', 'verb', 'new_command', 'demo_command', 'lab_command',
+__all__ = ['Argument', 'Command', 'VERBS', 'MODEL', 'ALLOW_PICKLE', 'NAME', 'NOTEBOOK', 'RUN', 'ALIAS', 'WHY', 'PORT', 'JSON',
+           'PARAMETER', 'FILE', 'OPTION', 'RUN_COLUMNS', 'COLORS', 'text', 'print_table', 'print_cells', 'print_json',
+           'shown', 'split_assignments', 'split_values', 'takes', 'verb', 'new_command', 'demo_command', 'lab_command',
            'given_texts', 'typed_values', 'option_help', 'add_options', 'params_command', 'print_run', 'run_command',
            'varied', 'print_runs', 'nested_text', 'print_columns', 'read_tried_file', 'tried_text', 'join_rows',
            'tried_values', 'sweep_command', 'reproduce_command', 'split_names', 'whole_number', 'print_lineage',
@@ -129,6 +129,9 @@ def verb(*arguments: Argument) -> Callable[[Command], Command]:
 
 # %% ../nbs/cli.ipynb #fd014ee3
 MODEL = takes("model", help="name:version, name:latest or name@alias")
+ALLOW_PICKLE = takes(
+    "--allow-pickle", action="store_true", help="also a model that is a pickle, which runs what is in it"
+)
 NAME = takes("name", help="name of a model")
 NOTEBOOK = takes("notebook", help="path of the notebook")
 RUN = takes("run", help="id of the run, or its beginning")
@@ -620,12 +623,13 @@ def print_releases(entries: Sequence[Any], as_json: bool) -> None:
         print_table(rows, ["time", "action", "alias", "model", "previous", "who", "why"])
 
 
-@verb(MODEL, ALIAS, WHY, JSON)
+@verb(MODEL, ALIAS, WHY, ALLOW_PICKLE, JSON)
 def promote_command(arguments: argparse.Namespace) -> None:
     """Let an alias stand for a model."""
     from nbprod.release.ledger import promote
 
-    print_releases([promote(arguments.model, arguments.alias, arguments.why)], arguments.json)
+    options = {"allow_pickle": arguments.allow_pickle}
+    print_releases([promote(arguments.model, arguments.alias, arguments.why, **options)], arguments.json)
 
 # %% ../nbs/cli.ipynb #9c6c191e
 @verb(NAME, ALIAS, WHY, JSON)
@@ -644,12 +648,12 @@ def releases_command(arguments: argparse.Namespace) -> None:
     print_releases(releases(arguments.name), arguments.json)
 
 # %% ../nbs/cli.ipynb #cc2b610b
-@verb(MODEL, JSON)
+@verb(MODEL, ALLOW_PICKLE, JSON)
 def build_command(arguments: argparse.Namespace) -> None:
     """A Bento that answers as the model does, proven over HTTP."""
     from nbprod.serve.bento import build
 
-    built = build(arguments.model)
+    built = build(arguments.model, allow_pickle=arguments.allow_pickle)
     if arguments.json:
         print_json({"bento": built.bento, "parity": built.parity})
     else:
@@ -661,22 +665,29 @@ def build_command(arguments: argparse.Namespace) -> None:
     PORT,
     takes("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"),
     takes("--workers", type=int, default=1, help="processes (default: 1)"),
+    ALLOW_PICKLE,
 )
 def serve_command(arguments: argparse.Namespace) -> None:
     """Serve a model over REST."""
     from nbprod.serve.bento import serve
 
-    serve(arguments.model, host=arguments.host, port=arguments.port, workers=arguments.workers)
+    serve(
+        arguments.model,
+        host=arguments.host,
+        port=arguments.port,
+        workers=arguments.workers,
+        allow_pickle=arguments.allow_pickle,
+    )
 
 # %% ../nbs/cli.ipynb #2713f648
-@verb(MODEL, takes("-t", "--tag", help="name of the image"), JSON)
+@verb(MODEL, takes("-t", "--tag", help="name of the image"), ALLOW_PICKLE, JSON)
 def containerize_command(arguments: argparse.Namespace) -> None:
     """An OCI image of a model's service."""
     from dataclasses import asdict
 
     from nbprod.serve.image import containerize
 
-    image = containerize(arguments.model, arguments.tag)
+    image = containerize(arguments.model, arguments.tag, allow_pickle=arguments.allow_pickle)
     print_json(asdict(image)) if arguments.json else print(f"{image.image}  {image.digest}")
 
 # %% ../nbs/cli.ipynb #994104ea

@@ -45,6 +45,7 @@ DEFAULTS: dict[str, str] = {
     "executor": LOCAL,
     "jobs": str(os.cpu_count() or 1),
     "max_body": str(10 * 1024 * 1024),
+    "trusted": "",
 }
 
 
@@ -54,7 +55,8 @@ class Settings:
 
     `store` is where runs execute and are kept; `remote` the fsspec URL of the store that is shared with
     others, empty where there is none. `index` is the SQLAlchemy URL of the index, empty for a SQLite file.
-    `executor` is `local` or the address of a Dask scheduler.
+    `executor` is `local` or the address of a Dask scheduler. `trusted` are the names of classes and functions
+    that models may hold beside scikit-learn's and the library's.
     """
 
     root: Path
@@ -65,6 +67,7 @@ class Settings:
     index: str = field(default="", repr=False)  # a password may be in it, and in the URL of the store
     remote: str = field(default="", repr=False)
     executor: str = LOCAL
+    trusted: tuple[str, ...] = ()
 
     @property
     def runs(self) -> Path:
@@ -171,6 +174,7 @@ def load_settings(
         max_body=_whole_number("max_body", values["max_body"], origins.get("max_body", "default")),
         index=_index(base, values["index"], origins.get("index", "default")),
         executor=executor_address(values["executor"], origins.get("executor", "default")),
+        trusted=tuple(values["trusted"].split()),
     )
 
 # %% ../nbs/settings.ipynb #a46cb912

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import secrets
 import shutil
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from datetime import datetime, UTC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,11 @@ from ..experiment.lineage import live_lineage
 from ..experiment.recording import current_run, emit
 from ..files import is_held
 from .baseline import profile
-from .contract import Contract, infer_contract, plain_rows
-from .pipeline import Answer, answer, write_pipeline
+from .contract import infer_contract
+from .examples import check_saved, golden_examples
+from .kinds import Kind, describe, holdout_metrics
+from .library import pack_library
+from .pipeline import FILES, SKOPS, Arrays, compute, write_pipeline
 from .store import commit, share, staging_folder
 from ..settings import Settings, bentoml_home, find_project, load_settings
 
@@ -30,45 +34,11 @@ if TYPE_CHECKING:
 
     from nbprod.experiment.runs import Run
 
+LOGGER = logging.getLogger("nbprod")
+
 # %% auto #0
-__all__ = ['TYPICAL_EXAMPLES', 'NOT_SERVED', 'golden_examples', 'holdout_metrics', 'check_name', 'estimator_name', 'stage',
-           'log_model', 'commit_staged', 'publish_models', 'recover']
-
-# %% ../../nbs/model/artifact.ipynb #0978ce9d
-TYPICAL_EXAMPLES = 24
-
-
-def _example_positions(frame: pd.DataFrame) -> list[int]:
-    """Positions of rows spread over `frame`, and of the first null of each column."""
-    import numpy as np
-
-    spread = np.linspace(0, len(frame) - 1, num=min(TYPICAL_EXAMPLES, len(frame))).astype(int)
-    nulls = [int(np.argmax(column)) for column in frame.isna().to_numpy().T if column.any()]
-    return sorted({*spread.tolist(), *nulls})
-
-# %% ../../nbs/model/artifact.ipynb #095b6cc0
-def golden_examples(model: Any, contract: Contract, inputs: pd.DataFrame) -> dict[str, Any]:
-    """Rows of `inputs` in JSON values, with the answers of `model`: rows, predictions, probabilities."""
-    rows = plain_rows(contract, inputs.iloc[_example_positions(inputs)])
-    return {"rows": rows, **asdict(answer(model, contract.frame(rows)))}
-
-# %% ../../nbs/model/artifact.ipynb #3c8b72a2
-def holdout_metrics(given: Answer, labels: Any, classes: list[Any] | None) -> dict[str, float]:
-    """Metrics of an answer against the true `labels`, by scikit-learn's definitions."""
-    from sklearn import metrics
-
-    if classes is None:
-        return {
-            "mean_absolute_error": float(metrics.mean_absolute_error(labels, given.predictions)),
-            "r2": float(metrics.r2_score(labels, given.predictions)),
-        }
-    result = {"accuracy": float(metrics.accuracy_score(labels, given.predictions))}
-    if given.probabilities is not None:
-        result["log_loss"] = float(metrics.log_loss(labels, given.probabilities, labels=classes))
-        if len(classes) == 2 and len(set(labels)) == 2:
-            scores = [row[1] for row in given.probabilities]
-            result["auc"] = float(metrics.roc_auc_score([label == classes[1] for label in labels], scores))
-    return result
+__all__ = ['LOGGER', 'NOT_SERVED', 'check_name', 'estimator_name', 'suspects', 'ask', 'stage', 'log_model', 'commit_staged',
+           'publish_models', 'recover']
 
 # %% ../../nbs/model/artifact.ipynb #737d7b96
 def check_name(name: str) -> str:
@@ -91,19 +61,15 @@ def estimator_name(model: Any) -> str:
     return type(steps[-1][1] if steps else model).__name__
 
 # %% ../../nbs/model/artifact.ipynb #18a157ac
-def _classes(model: Any) -> list[Any] | None:
-    """The labels of a classifier, in the order of its probabilities; None for a regressor."""
-    return model.classes_.tolist() if hasattr(model, "classes_") else None
-
-
-def _facts(model: Any, given: Answer, labels: Any) -> dict[str, Any]:
+def _facts(model: Any, kind: Kind, given: Arrays, labels: Any) -> dict[str, Any]:
     """What is known of a fitted `model` and its answer to the hold-out before its run has ended."""
-    classes = _classes(model)
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "estimator": estimator_name(model),
-        "classes": classes,
-        "holdout": {} if labels is None else holdout_metrics(given, list(labels), classes),
+        "kind": kind.name,
+        "classes": kind.classes,
+        "outputs": kind.outputs,
+        "holdout": {} if labels is None else holdout_metrics(kind, given, labels),
         "holdout_rows": len(given.predictions),
         "run": None,
     }
@@ -119,20 +85,54 @@ def _joined_nullability(reference: pd.DataFrame, inputs: pd.DataFrame) -> pd.Dat
     rows = [inputs[nulls[name]].head(1) for name in inputs if nulls[name].any() and not known[name]]
     return pd.concat([reference, *rows]) if rows else reference
 
-# %% ../../nbs/model/artifact.ipynb #1399a94f
-def _copy_library(folder: Path, settings: Settings | None) -> str | None:
-    """Copy the project's exported library beside the model; its name, or None where there is none."""
-    if settings is None or settings.library is None or not (settings.root / settings.library).is_dir():
-        return None
-    ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
-    shutil.copytree(settings.root / settings.library, folder / "library" / settings.library, ignore=ignored)
-    return settings.library
-
 # %% ../../nbs/model/artifact.ipynb #169bf956
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 # %% ../../nbs/model/artifact.ipynb #337c3f39
+def suspects(model: Any, inputs: pd.DataFrame, error: Exception) -> list[str]:
+    """The columns of `inputs` that an `error` of `model` is about; empty where that cannot be told."""
+    from pandas.api import types
+
+    names, text = [str(name) for name in inputs], str(error)
+    fitted = [str(name) for name in getattr(model, "feature_names_in_", names)]
+    if set(fitted) != set(names):
+        return [name for name in [*fitted, *names] if name not in fitted or name not in names]
+    named = [name for name in names if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)]
+    if named or "NaN" in text:
+        return named or [name for name in names if inputs[name].isna().any()]
+    if "could not convert" in text:
+        return [name for name in names if not types.is_numeric_dtype(inputs[name])]
+    return []
+
+
+def ask(model: Any, inputs: pd.DataFrame) -> Arrays:
+    """The answer of a fitted `model` to its hold-out; `ModelError` with the columns where it has none."""
+    try:
+        return compute(model, inputs)
+    except Exception as error:  # whatever any step of the pipeline raises
+        columns = suspects(model, inputs, error)
+        where = f" (column {', '.join(columns)})" if columns else ""
+        reason = f"{type(error).__name__}: {error}"
+        raise ModelError(f"{estimator_name(model)} cannot answer inputs{where}: {reason}") from error
+
+# %% ../../nbs/model/artifact.ipynb #f4108ece
+def _save(
+    model: Any, folder: Path, settings: Settings | None, trusted: Iterable[str], allow_pickle: bool
+) -> tuple[Any, dict[str, Any]]:
+    """Write the pipeline's file into `folder`; the pipeline as read back, and the facts about the file."""
+    known, library = (settings.trusted, settings.library) if settings else ((), None)
+    names = tuple(dict.fromkeys([*known, *trusted]))
+    saved, written = write_pipeline(model, folder / FILES[SKOPS], library, names, allow_pickle=allow_pickle)
+    unknown = [name for name in written["trusted"] if name not in known]
+    if unknown:
+        text = "nbprod: who loads the model must trust %s too: load_model(…, trusted=[…]), or in settings.ini"
+        LOGGER.warning(
+            f"{text} under [nbprod]: trusted = %s", ", ".join(unknown), " ".join([*known, *unknown])
+        )
+    return saved, written
+
+# %% ../../nbs/model/artifact.ipynb #417fb08a
 def stage(
     folder: Path,
     tag: str,
@@ -141,33 +141,54 @@ def stage(
     labels: Any = None,
     training: pd.DataFrame | None = None,
     settings: Settings | None = None,
+    *,
+    trusted: Sequence[str] = (),
+    allow_pickle: bool = False,
 ) -> None:
     """Write everything about a fitted `model` but its run into the empty `folder`."""
-    library = settings.library if settings else None
-    write_pipeline(model, folder / "pipeline.skops", library)
     reference = inputs if training is None else training
     contract = infer_contract(_joined_nullability(reference, inputs))
     inputs = contract.check_frame(inputs)
-    given = answer(model, inputs)
-    baseline = profile(
-        contract.check_frame(reference), given.predictions, given.probabilities, _classes(model)
-    )
+    given = ask(model, inputs)
+    kind = describe(model, given)
+    baseline = profile(contract.check_frame(reference), given.predictions, given.probabilities, kind.classes)
+    examples, counts = golden_examples(model, contract, inputs)
+    saved, written = _save(model, folder, settings, trusted, allow_pickle)
+    check_saved(saved, model, contract, examples)
+    wheel = pack_library(settings, folder)
     _write_json(folder / "contract.json", contract.as_dict())
     _write_json(folder / "baseline.json", baseline.as_dict())
-    _write_json(folder / "examples.json", golden_examples(model, contract, inputs))
-    facts = _facts(model, given, labels) | {"tag": tag, "library": _copy_library(folder, settings)}
-    _write_json(folder / "facts.json", facts)
+    _write_json(folder / "examples.json", examples)
+    facts = _facts(model, kind, given, labels) | written | {"tag": tag, "examples": counts}
+    _write_json(folder / "facts.json", facts | {"library": wheel and wheel["name"], "wheel": wheel})
 
 # %% ../../nbs/model/artifact.ipynb #73c3dd4e
+def _is_fitted(model: Any) -> bool:
+    """Whether `model` is fitted, as far as can be told."""
+    from sklearn.exceptions import NotFittedError
+    from sklearn.utils.validation import check_is_fitted
+
+    try:
+        check_is_fitted(model)
+    except NotFittedError:
+        return False
+    except TypeError:  # no estimator of scikit-learn, so nothing is known
+        return True
+    return True
+
+
 def _check_inputs(model: Any, name: str, inputs: pd.DataFrame, training: pd.DataFrame | None) -> None:
     """Refuse what cannot be logged, before anything is written."""
     import pandas as pd
 
     if not hasattr(model, "predict"):
         raise ModelError(f"{name}: {type(model).__name__} has no predict method. Log the fitted pipeline.")
+    if not _is_fitted(model):
+        raise ModelError(f"{name}: this {estimator_name(model)} is not fitted. Fit it before it is logged.")
     for argument, frame in (("inputs", inputs), ("training", training)):
         if frame is not None and (not isinstance(frame, pd.DataFrame) or len(frame) == 0):
-            raise ModelError(f"{name}: {argument} must be a DataFrame of at least one row.")
+            given = "an empty one" if isinstance(frame, pd.DataFrame) else f"a {type(frame).__name__}"
+            raise ModelError(f"{name}: {argument} must be a DataFrame of at least one row, not {given}.")
     if training is not None and list(training.columns) != list(inputs.columns):
         raise ModelError(f"{name}: inputs and training must have the same columns in the same order.")
 
@@ -200,18 +221,29 @@ def log_model(
     labels: Any = None,
     *,
     training: pd.DataFrame | None = None,
+    trusted: Sequence[str] = (),
+    allow_pickle: bool = False,
 ) -> str:
     """Log a fitted scikit-learn `model` under `name`; returns its tag.
 
     `inputs` are hold-out rows as the model takes them, `labels` their true outcome; from them come the golden
     examples, the profile of the predictions and the hold-out metrics. Contract and feature profile come from
     `training`, the frame that the model was fitted on, or from `inputs` where it is not given.
+
+    `trusted` names classes and functions ("package.module.Class") that the model may hold beside
+    scikit-learn's, the project's library's and those of settings.ini; whoever loads it has to trust them too.
+    `allow_pickle` saves what cannot be saved safely as a pickle, which is refused wherever it is not allowed
+    by name. Raises `ModelError` for a model that is not fitted, does not take `inputs` or cannot be saved.
     """
     _check_inputs(model, check_name(name), inputs, training)
     settings, context = load_settings(required=False), current_run()
     tag = f"{name}:{context.id if context else _live_version()}"
     with staging_folder(context.folder if context else bentoml_home() / "tmp") as folder:
-        stage(folder, tag, model, inputs, labels, training, settings)
+        stage(
+            *(folder, tag, model, inputs, labels, training, settings),
+            trusted=trusted,
+            allow_pickle=allow_pickle,
+        )
         if context is None:
             _note_origin(folder, settings)
             commit(folder, tag)

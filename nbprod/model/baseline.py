@@ -267,7 +267,8 @@ class Baseline:
     def prediction_values(self, predictions: Any, probabilities: Any = None) -> Any:
         """The values that `prediction` counts: the probability of classes[1] if known, else the prediction.
 
-        `predictions` is (rows,); `probabilities` (rows, classes), a column of lists, or None.
+        `predictions` is (rows,); `probabilities` (rows, classes), a column of lists, or None. Several outputs a
+        row, (rows, outputs), count by their mean, or by the text of all of them where they are categories.
         """
         return _prediction_values(predictions, probabilities, self.prediction.kind, self.classes)
 
@@ -283,11 +284,29 @@ class Baseline:
         return cls(value["rows"], features, prediction, value["classes"])
 
 # %% ../../nbs/model/baseline.ipynb #eb65c483
+def _kind_of(predictions: Any) -> str:
+    """How predictions without classes are counted: as numbers or, text and several labels, as categories."""
+    import numpy as np
+
+    values = np.asarray(predictions)
+    return "categorical" if values.dtype.kind not in ("fiu" if values.ndim == 1 else "f") else "numeric"
+
+
+def _single(predictions: Any, kind: str) -> Any:
+    """One value a row of `predictions`, (rows,) or (rows, outputs)."""
+    import numpy as np
+
+    if len(predictions) == 0 or not isinstance(predictions[0], list | np.ndarray):
+        return predictions
+    rows = [np.asarray(row).tolist() for row in predictions]
+    return [str(row) for row in rows] if kind == "categorical" else [sum(row) / len(row) for row in rows]
+
+
 def _prediction_values(predictions: Any, probabilities: Any, kind: str, classes: list[Any] | None) -> Any:
     import numpy as np
 
     if classes is None or kind == "categorical":
-        return predictions
+        return _single(predictions, kind)
     if len(predictions) == 0:
         return np.array([])
     return np.asarray(list(probabilities), dtype=float)[:, 1]
@@ -296,8 +315,10 @@ def _prediction_values(predictions: Any, probabilities: Any, kind: str, classes:
 def _prediction_histogram(predictions: Any, probabilities: Any, classes: list[Any] | None) -> Histogram:
     import numpy as np
 
+    if classes is None and _kind_of(predictions) == "categorical":
+        return categorical_histogram(_single(predictions, "categorical"))
     if classes is None:
-        return numeric_histogram(predictions)
+        return numeric_histogram(_single(predictions, "numeric"))
     if len(classes) == 2 and probabilities is not None:
         edges = (np.arange(1, 20) / 20).tolist()
         return numeric_histogram(_prediction_values(predictions, probabilities, "numeric", classes), edges)

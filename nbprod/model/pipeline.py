@@ -5,20 +5,22 @@
 # %% ../../nbs/model/pipeline.ipynb #e014e30c
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
+from .trust import audit
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
 # %% auto #0
-__all__ = ['TRUSTED_PACKAGES', 'TRUSTED_TYPES', 'Answer', 'Arrays', 'compute', 'answer', 'untrusted_types', 'read_pipeline',
-           'write_pipeline']
+__all__ = ['EXTRAS', 'SKOPS', 'PICKLE', 'FILES', 'Answer', 'listed', 'Arrays', 'compute', 'answer', 'missing_package',
+           'read_skops', 'read_pickle', 'read_pipeline', 'write_pipeline']
 
 # %% ../../nbs/model/pipeline.ipynb #4ad9e1d5
 @dataclass(frozen=True)
@@ -38,6 +40,26 @@ def _before_last(model: Any, frame: pd.DataFrame) -> tuple[Any, Any]:
     return model[-1], model[:-1].transform(frame)
 
 # %% ../../nbs/model/pipeline.ipynb #32497537
+def _dense(values: Any) -> np.ndarray:
+    """`values` as a NumPy array; also a sparse matrix, a column of pandas or a list."""
+    import numpy as np
+
+    return np.asarray(values.toarray() if hasattr(values, "toarray") else values)
+
+
+def listed(values: np.ndarray) -> list[Any]:
+    """An array as nested lists of plain values; also where NumPy's own are in an array of objects."""
+    plain = values.tolist()
+    if values.dtype != object:
+        return plain
+    return [
+        [each.item() if hasattr(each, "item") else each for each in row]
+        if isinstance(row, list)
+        else (row.item() if hasattr(row, "item") else row)
+        for row in plain
+    ]
+
+# %% ../../nbs/model/pipeline.ipynb #03503549
 @dataclass(frozen=True)
 class Arrays:
     """An answer to n rows: `predictions`, n (or n by outputs); `probabilities`, n by classes, or None."""
@@ -48,17 +70,16 @@ class Arrays:
     def answer(self) -> Answer:
         """The same in plain values."""
         probabilities = None if self.probabilities is None else self.probabilities.tolist()
-        return Answer(self.predictions.tolist(), probabilities)
+        return Answer(listed(self.predictions), probabilities)
 
 
 def compute(model: Any, frame: pd.DataFrame) -> Arrays:
-    """What a fitted scikit-learn `model` with one output answers to `frame`, as arrays."""
+    """What a fitted scikit-learn `model` answers to `frame`, as arrays."""
     final, inputs = _before_last(model, frame)
-    predictions = final.predict(inputs)
-    if getattr(predictions, "ndim", 1) != 1:
-        outputs = predictions.shape[1]
-        raise ModelError(f"{type(model).__name__} predicts {outputs} outputs a row; one is supported.")
-    return Arrays(predictions, final.predict_proba(inputs) if hasattr(final, "predict_proba") else None)
+    predictions = _dense(final.predict(inputs))
+    if predictions.ndim > 1 or not hasattr(final, "predict_proba"):
+        return Arrays(predictions, None)
+    return Arrays(predictions, _dense(final.predict_proba(inputs)))
 
 
 def answer(model: Any, frame: pd.DataFrame) -> Answer:
@@ -66,53 +87,129 @@ def answer(model: Any, frame: pd.DataFrame) -> Answer:
     return compute(model, frame).answer()
 
 # %% ../../nbs/model/pipeline.ipynb #dd902f0e
-TRUSTED_PACKAGES = ("sklearn", "scipy")
-# A partial only binds arguments to a function, and that function stands in the audit by its own name.
-TRUSTED_TYPES = ("functools.partial",)
+EXTRAS = ("lightgbm", "xgboost")
 
 
-def untrusted_types(path: Path, library: str | None) -> tuple[list[str], list[str]]:
-    """The types in a skops file that skops itself does not trust: (all of them, those that we refuse)."""
-    from skops.io import get_untrusted_types
+def missing_package(path: Path, error: ImportError) -> ModelError:
+    """The error for a file that needs something which cannot be imported here."""
+    package = (error.name or "").partition(".")[0]
+    install = (
+        f"pip install 'nbprod[{package}]'" if package in EXTRAS else "Install it, in the version of training"
+    )
+    return ModelError(f"{path} needs {error.name}, which cannot be imported here. {install}.")
 
-    named = get_untrusted_types(file=path)
-    packages = (*TRUSTED_PACKAGES, library) if library else TRUSTED_PACKAGES
-    refused = [name for name in named if name.split(".")[0] not in packages and name not in TRUSTED_TYPES]
-    return named, refused
 
-# %% ../../nbs/model/pipeline.ipynb #424c3d4e
-def _hint(refused: Iterable[str]) -> str:
-    """What to do about types that come from the notebook itself."""
-    if any(name.startswith("__main__.") for name in refused):
-        return " Functions and classes of a notebook cannot be loaded elsewhere: export them to the library."
-    return " Use scikit-learn's, or the project's exported library."
-
-# %% ../../nbs/model/pipeline.ipynb #bc61c345
-def read_pipeline(path: Path, library: str | None) -> Any:
-    """The pipeline in a skops file; `ModelError` if it names a type that is not trusted or is damaged."""
+def read_skops(path: Path, library: str | None = None, trusted: Sequence[str] = ()) -> Any:
+    """The pipeline in a skops file; `ModelError` if it names what is not trusted, or is damaged."""
     from skops.io import load as skops_load
 
     try:
-        named, refused = untrusted_types(path, library)
-    except Exception as error:  # a damaged file can fail anywhere in zipfile, json or skops
-        raise ModelError(f"{path} is no readable skops file: {error}") from error
-    if refused:
-        types = ", ".join(refused)
-        raise ModelError(f"{path} holds types that are not trusted: {types}.{_hint(refused)}")
-    try:
-        return skops_load(path, trusted=named)
+        with path.open("rb") as file:
+            names = audit(file, library, trusted)
+            file.seek(0)
+            return skops_load(file, trusted=names)
+    except ModelError as error:
+        raise ModelError(f"{path} was refused: {error}") from error
     except ImportError as error:
-        raise ModelError(f"{path} needs {error.name}, which cannot be imported here. Install it.") from error
-    except Exception as error:  # what a constructor of another version raises is not foreseeable
-        raise ModelError(f"{path} cannot be loaded: {error}") from error
+        raise missing_package(path, error) from error
+    except Exception as error:  # zipfile, json, skops and the state of any estimator: not foreseeable
+        raise ModelError(f"{path} is no readable skops file: {type(error).__name__}: {error}") from error
+
+# %% ../../nbs/model/pipeline.ipynb #424c3d4e
+SKOPS, PICKLE = "skops", "pickle"
+FILES = {SKOPS: "pipeline.skops", PICKLE: "pipeline.pickle"}
+
+
+def read_pickle(path: Path) -> tuple[Any, list[str]]:
+    """The object in a pickle, whose code runs; and the packages that it was made from."""
+    import pickle
+
+    packages: set[str] = set()
+
+    class Watched(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            packages.add(module.partition(".")[0])
+            return super().find_class(module, name)
+
+    try:
+        with path.open("rb") as file:
+            return Watched(file).load(), sorted(packages)
+    except ImportError as error:
+        raise missing_package(path, error) from error
+    except Exception as error:
+        raise ModelError(f"{path} cannot be unpickled: {type(error).__name__}: {error}") from error
+
+# %% ../../nbs/model/pipeline.ipynb #bc61c345
+def read_pipeline(
+    path: Path, library: str | None = None, trusted: Sequence[str] = (), *, allow_pickle: bool = False
+) -> Any:
+    """The pipeline in a file of a version; a pickle only with `allow_pickle`.
+
+    `library` is the project's own, `trusted` the names that are trusted besides. Raises `ModelError` for what
+    is not trusted, and for a file that is damaged or needs what is not here.
+    """
+    if path.suffix != ".pickle":
+        return read_skops(path, library, trusted)
+    if not allow_pickle:
+        raise ModelError(
+            f"{path} is a pickle: loading it runs whatever its author put into it. If you trust where it"
+            " comes from, say so: allow_pickle=True of load_model, --allow-pickle of the command."
+        )
+    return read_pickle(path)[0]
 
 # %% ../../nbs/model/pipeline.ipynb #7a9a4977
-def write_pipeline(model: Any, path: Path, library: str | None) -> None:
-    """Write a fitted pipeline as a skops file, and check that it can be read again."""
+def _write_pickle(model: Any, path: Path) -> list[str]:
+    import pickle
+
+    try:
+        path.write_bytes(pickle.dumps(model, protocol=5))
+    except Exception as error:  # whatever the state of an estimator raises
+        raise ModelError(f"{type(model).__name__} cannot be pickled: {error}") from error
+    return read_pickle(path)[1]
+
+
+def _write_skops(model: Any, path: Path, library: str | None, trusted: Sequence[str]) -> list[str]:
     from skops.io import dump
 
     try:
         dump(model, path)
-    except Exception as error:  # skops raises whatever an estimator's own state raises
-        raise ModelError(f"{type(model).__name__} cannot be saved by skops: {error}") from error
-    read_pipeline(path, library)
+    except Exception as error:  # whatever the state of an estimator raises
+        raise ModelError(
+            f"{type(model).__name__} cannot be saved without pickle: {error} With allow_pickle=True it is"
+            " saved as a pickle, which everyone who loads it has to trust."
+        ) from error
+    with path.open("rb") as file:
+        try:
+            return audit(file, library, trusted)
+        except (ImportError, ModelError) as error:
+            raise ModelError(f"{type(model).__name__} cannot be saved: {error}") from error
+
+
+def write_pipeline(
+    model: Any,
+    path: Path,
+    library: str | None = None,
+    trusted: Sequence[str] = (),
+    *,
+    allow_pickle: bool = False,
+) -> tuple[Any, dict[str, Any]]:
+    """Write a fitted pipeline to `path`, a skops file; the pipeline as read from there, and facts about it.
+
+    With `allow_pickle` it is a pickle beside it where skops cannot write it, or the audit refuses it. Facts:
+    `format`, `packages` (the top-level ones that loading needs) and `trusted`, which of these names it holds.
+    """
+    try:
+        names, kind = _write_skops(model, path, library, trusted), SKOPS
+    except ModelError:
+        path.unlink(missing_ok=True)
+        if not allow_pickle:
+            raise
+        path, kind = path.with_name(FILES[PICKLE]), PICKLE
+        names = _write_pickle(model, path)
+    own = {*sys.stdlib_module_names, "None", library}
+    facts = {
+        "format": kind,
+        "packages": sorted({name.partition(".")[0] for name in names} - own),
+        "trusted": sorted(set(trusted).intersection(names)),
+    }
+    return read_pipeline(path, library, trusted, allow_pickle=allow_pickle), facts

@@ -23,7 +23,9 @@ from ..experiment.fingerprints import file_facts
 from ..files import write_atomic
 from .baseline import Baseline
 from .contract import Contract
-from .pipeline import Answer, Arrays, compute, read_pipeline
+from .library import provide_library
+from .pipeline import FILES, PICKLE, SKOPS, Answer, Arrays, compute, read_pipeline
+from .trust import NO_MORE, Trust
 from ..remote import Remote, create_file, get_folder, list_files, marked, put_folder, read_files
 from ..settings import Settings, bentoml_home, load_settings
 
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['LOGGER', 'MANIFEST', 'staging_folder', 'commit', 'make_importable', 'read_json', 'shared_store', 'hashes_of', 'share',
-           'name_latest', 'fetch', 'Version', 'Model', 'shared_models', 'models', 'load']
+           'name_latest', 'fetch', 'Version', 'Model', 'check_loadable', 'shared_models', 'models', 'load']
 
 # %% ../../nbs/model/store.ipynb #3a0e1dde
 @contextmanager
@@ -201,7 +203,12 @@ class Version:
 # %% ../../nbs/model/store.ipynb #78857f78
 @dataclass(frozen=True)
 class Model(Version):
-    """A version with what predicting takes; the pipeline is read when something is predicted."""
+    """A version with what predicting takes; the pipeline is read when something is predicted.
+
+    `trust` is what whoever loads it allows beyond what the project does.
+    """
+
+    trust: Trust = NO_MORE
 
     @cached_property
     def contract(self) -> Contract:
@@ -220,15 +227,26 @@ class Model(Version):
 
     @cached_property
     def pipeline(self) -> Any:
-        """The fitted scikit-learn pipeline."""
+        """The fitted scikit-learn pipeline; `ModelError` where it holds what is not trusted."""
         make_importable(self.library)
-        return read_pipeline(self.file("pipeline.skops"), self.library)
+        own = load_settings(required=False)
+        trusted = (*own.trusted, *self.trust.names)
+        known = {*trusted, *([own.library] if own.library else [])}
+        library = provide_library(self.library, self.library_path, self.facts.get("wheel") or {}, known)
+        path = self.file(FILES.get(self.facts.get("format", SKOPS), FILES[SKOPS]))
+        return read_pipeline(path, library, trusted, allow_pickle=self.trust.allow_pickle)
 
     @property
     def classes(self) -> list[Any] | None:
         """The labels that probabilities are in the order of; None where the model is no classifier."""
         classes: list[Any] | None = self.facts["classes"]
         return classes
+
+    @property
+    def outputs(self) -> int | None:
+        """How many values a prediction has if it is a list; None where it is a single value."""
+        outputs: int | None = self.facts.get("outputs")
+        return outputs
 
     @property
     def library(self) -> str | None:
@@ -238,8 +256,9 @@ class Model(Version):
 
     @property
     def library_path(self) -> Path | None:
-        """The folder that holds the package `library` as it was in training."""
-        return self.file("library") if self.library else None
+        """The wheel of `library` as it was in training; in older versions a folder with the package."""
+        wheel = self.facts.get("wheel")
+        return self.file(Path(wheel["file"]).name if wheel else "library") if self.library else None
 
     def compute(self, checked: pd.DataFrame) -> Arrays:
         """Predictions and probabilities, as arrays, for a frame that the contract has checked."""
@@ -261,6 +280,12 @@ class Model(Version):
         """The facts of a listing, as JSON values."""
         facts = {"name": self.name, "version": self.version, "created": self.facts["created"]}
         return {"tag": self.tag, **facts, "run": self.run, "format": "skops", "compiled": "no"}
+
+
+def check_loadable(model: Model) -> None:
+    """Raise `ModelError` if `model` is a pickle and its loader does not allow one; reads no pipeline."""
+    if model.facts.get("format", SKOPS) != SKOPS and not model.trust.allow_pickle:
+        read_pipeline(model.file(FILES[PICKLE]))
 
 # %% ../../nbs/model/store.ipynb #23fae384
 def _facts_of(names: Iterable[str], remote: Remote, settings: Settings) -> dict[str, dict[str, Any]]:

@@ -98,6 +98,8 @@ def realised_metrics(frame: pd.DataFrame, classes: Sequence[Any] | None) -> tupl
     import numpy as np
     import pandas as pd
 
+    if frame["prediction"].map(lambda value: isinstance(value, list | np.ndarray)).any():
+        return _several_outputs(frame)
     if classes is None:
         truth = pd.to_numeric(frame["actual"], errors="coerce").to_numpy(dtype=float)
     else:
@@ -110,6 +112,20 @@ def realised_metrics(frame: pd.DataFrame, classes: Sequence[Any] | None) -> tupl
     if classes is None:
         return len(truth), regression_metrics(truth, frame["prediction"].to_numpy(dtype=float))
     return len(truth), _class_metrics(truth.astype(int), frame, classes)
+
+
+def _several_outputs(frame: pd.DataFrame) -> tuple[int, Metrics]:
+    """The metrics of lists of outputs: errors over all of them, or how often all of a row were right."""
+    import numpy as np
+
+    pairs = zip(frame["actual"], frame["prediction"], strict=True)
+    known = [(list(one), list(other)) for one, other in pairs if np.shape(one) == np.shape(other)]
+    if not known:
+        return 0, {}
+    truth, predicted = (np.array(each) for each in zip(*known, strict=True))
+    if predicted.dtype.kind == "f":
+        return len(known), regression_metrics(truth.astype(float).ravel(), predicted.ravel())
+    return len(known), {"accuracy": float((truth == predicted).all(axis=1).mean())}
 
 
 def _class_metrics(truth: np.ndarray, frame: pd.DataFrame, classes: Sequence[Any]) -> Metrics:

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import math
 
 from ..errors import ModelError
+from ..model.examples import same
 from ..model.store import Model
 
 # %% auto #0
-__all__ = ['TOLERANCE', 'GATES', 'Gate', 'clean_run', 'same', 'golden_answers', 'pass_gates']
+__all__ = ['GATES', 'Gate', 'clean_run', 'golden_answers', 'pass_gates']
 
 # %% ../../nbs/release/gates.ipynb #243a500a
 @dataclass(frozen=True)
@@ -53,18 +53,6 @@ def _is_left_out(cell: dict[str, Any]) -> bool:
     """Whether a cell of an executed notebook is code that was not executed."""
     code = cell["cell_type"] == "code" and "".join(cell["source"]).strip()
     return bool(code) and cell.get("execution_count") is None
-
-# %% ../../nbs/release/gates.ipynb #b97b6506
-TOLERANCE = 1e-9
-
-
-def same(expected: Any, given: Any) -> bool:
-    """Whether two answers agree: equal, or numbers within `TOLERANCE`, relative; lists value by value."""
-    if isinstance(expected, list) and isinstance(given, list):
-        return len(expected) == len(given) and all(map(same, expected, given))
-    if isinstance(expected, float) and isinstance(given, (int, float)):
-        return math.isclose(expected, given, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
-    return bool(expected == given)
 
 # %% ../../nbs/release/gates.ipynb #94952497
 def golden_answers(model: Model) -> Gate:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import getpass
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, UTC
 
 from ..errors import NotFoundError, ReleaseError, UsageError, did_you_mean
 from ..model.artifact import recover
 from ..model.store import Model, load, make_importable
+from ..model.trust import Trust
 from .gates import Gate, pass_gates
 from .journal import Release, releases, write_entry
 from ..settings import Settings, load_settings
@@ -37,8 +39,11 @@ def aliases(name: str, settings: Settings | None = None) -> dict[str, str]:
     return {entry.alias: entry.model for entry in releases(name, settings)}
 
 # %% ../../nbs/release/ledger.ipynb #88994b58
-def resolve(model: str, settings: Settings | None = None) -> Model:
-    """The model of `name:version`, `name:latest`, `name` or `name@alias`, or `NotFoundError`."""
+def resolve(model: str, settings: Settings | None = None, trust: Trust | None = None) -> Model:
+    """The model of `name:version`, `name:latest`, `name` or `name@alias`, or `NotFoundError`.
+
+    It trusts what the project does and, where it is given, what `trust` adds.
+    """
     settings = settings or load_settings(required=False)
     recover(settings)
     name, at, alias = model.partition("@")
@@ -48,12 +53,19 @@ def resolve(model: str, settings: Settings | None = None) -> Model:
         raise NotFoundError(f"{name!r} has no alias {alias!r}.{hint}")
     found = load(known[alias] if at else model)
     make_importable(found.library, settings.root)
-    return found
+    own = (*settings.trusted, *([settings.library] if settings.library else []))
+    added = trust or Trust()
+    return replace(found, trust=Trust((*own, *added.names), added.allow_pickle))
 
 # %% ../../nbs/release/ledger.ipynb #bc4bc6e1
-def load_model(model: str) -> Model:
-    """The model of `name:version`, `name:latest` or `name@alias`, ready to predict."""
-    return resolve(model)
+def load_model(model: str, *, trusted: Sequence[str] = (), allow_pickle: bool = False) -> Model:
+    """The model of `name:version`, `name:latest` or `name@alias`, ready to predict.
+
+    `trusted` names classes and functions ("package.module.Class") that its file may hold beside what
+    scikit-learn, the project's library and settings.ini allow, or a library that may be used in another form
+    than the model's own. `allow_pickle` reads a model that was logged as a pickle, which runs what is in it.
+    """
+    return resolve(model, trust=Trust(tuple(trusted), allow_pickle))
 
 # %% ../../nbs/release/ledger.ipynb #6237c7b9
 def _check_alias(alias: str) -> None:
@@ -78,11 +90,16 @@ def _passed_gates(model: Model, alias: str) -> list[Gate]:
     return found
 
 # %% ../../nbs/release/ledger.ipynb #85848527
-def promote(model: str, alias: str, why: str = "", *, settings: Settings | None = None) -> Release:
-    """Let `alias` stand for `model`; returns the entry. Raises `ReleaseError` if a gate refuses the model."""
+def promote(
+    model: str, alias: str, why: str = "", *, settings: Settings | None = None, allow_pickle: bool = False
+) -> Release:
+    """Let `alias` stand for `model`; returns the entry. Raises `ReleaseError` if a gate refuses the model.
+
+    A gate loads the model: `allow_pickle` is for one that was logged as a pickle.
+    """
     _check_alias(alias)
     settings = settings or load_settings()
-    chosen = resolve(model, settings)
+    chosen = resolve(model, settings, Trust(allow_pickle=allow_pickle))
     found = _passed_gates(chosen, alias)
 
     def decide(entries: Sequence[Release]) -> Release:

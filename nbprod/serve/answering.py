@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..model.pipeline import answer
 from ..model.store import Model
 from .append_log import check_writable
 from .counting import ServiceMetrics
@@ -65,7 +64,8 @@ def _flat(answers: Mapping[str, Any], rows: int) -> list[list[Any]]:
     predictions, probabilities = answers.get("predictions") or [], answers.get("probabilities")
     if len(predictions) != rows or len(probabilities or predictions) != rows:
         return [[] for _ in range(rows)]
-    return [[each, *row] for each, row in zip(predictions, probabilities or [[]] * rows, strict=True)]
+    outputs = [each if isinstance(each, list) else [each] for each in predictions]
+    return [[*each, *row] for each, row in zip(outputs, probabilities or [[]] * rows, strict=True)]
 
 # %% ../../nbs/serve/answering.ipynb #259f3b09
 def _row_difference(expected: Sequence[Any], given: Sequence[Any]) -> float:
@@ -86,7 +86,7 @@ def compare(examples: Mapping[str, Any], given: Mapping[str, Any]) -> Parity:
 def answer_rows(model: Model, rows: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The checked frame of JSON rows; their predictions and, if there are any, probabilities."""
     frame = model.contract.frame(rows)
-    given = answer(model.pipeline, frame)
+    given = model.compute(frame).answer()
     probabilities = {} if given.probabilities is None else {"probabilities": given.probabilities}
     return frame, {"predictions": given.predictions} | probabilities
 
@@ -123,7 +123,9 @@ class Answerer:
 
         Raises `RequestError` 503 if they cannot be logged: an outcome that is lost would be told only once.
         """
-        known, unknown = split_issued(self.model.name, outcomes(elements, self.model.classes))
+        known, unknown = split_issued(
+            self.model.name, outcomes(elements, self.model.classes, self.model.outputs)
+        )
         if not self._feedback_log.append(known):
             raise RequestError("Outcomes cannot be logged now; tell them again later.", 503, "closed")
         self.metrics.feedback(len(known))

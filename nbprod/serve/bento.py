@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -24,7 +24,9 @@ from typing import Any
 
 from ..errors import ServeError
 from ..files import write_atomic
-from ..model.store import Model
+from ..model.library import library_files, unpack_library
+from ..model.store import Model, check_loadable
+from ..model.trust import Trust
 from ..release.ledger import resolve
 from .answering import Parity, compare
 from nbprod.serve.process import (
@@ -41,9 +43,9 @@ from nbprod.serve.process import (
 from ..settings import Settings, bentoml_home, load_settings
 
 # %% auto #0
-__all__ = ['SERVING_PACKAGES', 'PARITY_FILE', 'imported_modules', 'requirements', 'copy_source', 'bentofile', 'write_context',
-           'staging_home', 'run_bentoml_build', 'post', 'check_parity', 'require_parity', 'BuiltBento', 'find_bento',
-           'publish', 'build', 'serve']
+__all__ = ['SERVING_PACKAGES', 'PARITY_FILE', 'imported_modules', 'requirements', 'service_module', 'copy_source', 'bentofile',
+           'write_context', 'staging_home', 'run_bentoml_build', 'post', 'check_parity', 'require_parity', 'BuiltBento',
+           'find_bento', 'publish', 'build', 'serve']
 
 # %% ../../nbs/serve/bento.ipynb #3a49a401
 SERVING_PACKAGES = (
@@ -59,11 +61,12 @@ SERVING_PACKAGES = (
 )
 
 # %% ../../nbs/serve/bento.ipynb #1dfac020
-def imported_modules(folder: Path) -> set[str]:
-    """The top-level modules that the Python files below `folder` import by name, anywhere in their code."""
+def imported_modules(library: Path) -> set[str]:
+    """The top-level modules that the Python files in a wheel or folder import by name, anywhere in it."""
     found: set[str] = set()
-    for path in folder.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
+    modules = {name: content for name, content in library_files(library).items() if name.endswith(".py")}
+    for name, content in modules.items():
+        for node in ast.walk(ast.parse(content, name)):
             if isinstance(node, ast.Import):
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -71,12 +74,11 @@ def imported_modules(folder: Path) -> set[str]:
     return found
 
 # %% ../../nbs/serve/bento.ipynb #ad2e2090
-def requirements(library: Path | None) -> list[str]:
-    """Pinned requirements of a service, with those of the library whose package is in `library`."""
-    names = set(SERVING_PACKAGES)
-    if library is not None:
-        owners = metadata.packages_distributions()
-        names |= {owner for module in imported_modules(library) for owner in owners.get(module, [])}
+def requirements(library: Path | None, packages: Iterable[str] = ()) -> list[str]:
+    """Pinned requirements of a service: with those of the library in a wheel or folder, and of `packages`."""
+    modules = {*packages, *(imported_modules(library) if library is not None else ())}
+    owners = metadata.packages_distributions() if modules else {}
+    names = {*SERVING_PACKAGES, *(owner for module in modules for owner in owners.get(module, []))}
     return sorted(f"{name}=={metadata.version(name)}" for name in names - {"nbprod", "bentoml"})
 
 # %% ../../nbs/serve/bento.ipynb #5b5082c8
@@ -86,7 +88,12 @@ from pathlib import Path
 
 from nbprod.serve.service import create_service
 
-service = create_service("{tag}", notebook=Path(__file__).with_name("notebook.html"))
+service = create_service(
+    "{tag}",
+    notebook=Path(__file__).with_name("notebook.html"),
+    trusted={trusted!r},
+    allow_pickle={allow_pickle!r},
+)
 '''
 _README = """# {tag}
 
@@ -95,6 +102,13 @@ tells what is known about the model, `GET /notebook` shows how it was made, `GET
 
 Predictions are logged below the folder in `NBPROD_STORE`, by default `.nbprod` where the service is started.
 """
+
+
+def service_module(model: Model) -> str:
+    """The source of the service of `model`: what was trusted here is trusted there."""
+    asked = {*model.facts.get("trusted", ()), *([model.library] if model.library else [])}
+    trusted = tuple(sorted(asked.intersection(model.trust.names)))
+    return _SERVICE.format(tag=model.tag, trusted=trusted, allow_pickle=model.trust.allow_pickle)
 
 # %% ../../nbs/serve/bento.ipynb #7462c8ee
 def copy_source(target: Path) -> None:
@@ -110,18 +124,21 @@ def bentofile(model: Model) -> dict[str, Any]:
         "service": "service:service",
         "name": model.name,
         "labels": {"model": model.tag} | ({"run": model.run} if model.run else {}),
-        "python": {"packages": requirements(model.library_path), "lock_packages": False},
+        "python": {
+            "packages": requirements(model.library_path, model.facts.get("packages", ())),
+            "lock_packages": False,
+        },
     }
 
 # %% ../../nbs/serve/bento.ipynb #09c76737
 def write_context(model: Model, folder: Path) -> None:
     """Write everything that the Bento of `model` is built from into `folder`."""
     folder.mkdir()
-    (folder / "service.py").write_text(_SERVICE.format(tag=model.tag), encoding="utf-8")
+    (folder / "service.py").write_text(service_module(model), encoding="utf-8")
     (folder / "README.md").write_text(_README.format(tag=model.tag), encoding="utf-8")
     copy_source(folder / "nbprod")
     if model.library_path is not None:
-        shutil.copytree(model.library_path, folder, dirs_exist_ok=True)
+        unpack_library(model.library_path, folder)
     if model.notebook is not None:
         from nbprod.serve.notebook_page import notebook_html
 
@@ -213,14 +230,18 @@ def publish(staged: Path, target: Path, aside: Path) -> None:
     write_atomic(target.parent / "latest", target.name)
 
 # %% ../../nbs/serve/bento.ipynb #3ffdf71c
-def build(model: str, *, force: bool = False, settings: Settings | None = None) -> BuiltBento:
+def build(
+    model: str, *, force: bool = False, allow_pickle: bool = False, settings: Settings | None = None
+) -> BuiltBento:
     """Build the Bento of `model` (`name:version`, `name@alias`, `name:latest`), or find it built already.
 
-    Raises `NotFoundError` if there is no such model, and `ServeError` if the Bento cannot be built or answers
-    the golden examples otherwise than expected; then none is listed. `force` builds anew.
+    Raises `NotFoundError` if there is no such model, `ModelError` if it is a pickle and `allow_pickle` is not
+    said, and `ServeError` if the Bento cannot be built or answers the golden examples otherwise than expected;
+    then none is listed. `force` builds anew.
     """
     settings = settings or load_settings(required=False)
-    found = resolve(model, settings)
+    found = resolve(model, settings, Trust(allow_pickle=allow_pickle))
+    check_loadable(found)
     existing = None if force else find_bento(found)
     if existing is not None:
         return existing
@@ -257,6 +278,7 @@ def serve(
     workers: int = 1,
     *,
     host: str = "127.0.0.1",
+    allow_pickle: bool = False,
     settings: Settings | None = None,
 ) -> None:
     """Serve `model` over REST until Ctrl-C or SIGTERM; its Bento is built first if need be.
@@ -265,7 +287,7 @@ def serve(
     """
     check_port(host, port)
     settings = settings or load_settings(required=False)
-    built = build(model, settings=settings)
+    built = build(model, allow_pickle=allow_pickle, settings=settings)
     arguments = serve_arguments(built.bento, host, port)
     with private_home(bentoml_home()) as home:
         environ = service_environ(home, built.bento.split(":")[0], workers, settings)

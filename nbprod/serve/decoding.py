@@ -108,8 +108,13 @@ def items(value: Any, key: str) -> list[Any]:
     return found
 
 # %% ../../nbs/serve/decoding.ipynb #ab14da1e
-def _actual(value: Any, classes: Sequence[Any] | None) -> Any:
+def _actual(value: Any, classes: Sequence[Any] | None, outputs: int | None = None) -> Any:
     """An outcome as it is logged; raises `ValueError` in words if it is none of the model's."""
+    if outputs is not None:
+        plain = isinstance(value, list) and all(isinstance(each, str | int | float) for each in value)
+        if not plain or len(value) != outputs:
+            raise ValueError(f"must be a list of {outputs} outputs, got {shorten(value)}")
+        return value
     if classes is None:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"must be a number, got {shorten(value)}")
@@ -121,7 +126,9 @@ def _actual(value: Any, classes: Sequence[Any] | None) -> Any:
     raise ValueError(f"must be one of {known}, got {shorten(value)}")
 
 # %% ../../nbs/serve/decoding.ipynb #c28097ab
-def _pair(row: int, given: Any, classes: Sequence[Any] | None) -> tuple[str, Any] | Finding:
+def _pair(
+    row: int, given: Any, classes: Sequence[Any] | None, outputs: int | None = None
+) -> tuple[str, Any] | Finding:
     """One element of a feedback request as (id, actual), or what is wrong with it."""
     if not isinstance(given, dict) or given.keys() != {"id", "actual"}:
         message = f'must be an object {{"id": …, "actual": …}}, got {shorten(given)}'
@@ -129,14 +136,19 @@ def _pair(row: int, given: Any, classes: Sequence[Any] | None) -> tuple[str, Any
     if not isinstance(given["id"], str):
         return {"row": row, "column": "id", "message": f"must be a string, got {shorten(given['id'])}"}
     try:
-        return given["id"], _actual(given["actual"], classes)
+        return given["id"], _actual(given["actual"], classes, outputs)
     except ValueError as error:
         return {"row": row, "column": "actual", "message": str(error)}
 
 # %% ../../nbs/serve/decoding.ipynb #3f52be2a
-def outcomes(elements: Sequence[Any], classes: Sequence[Any] | None) -> list[tuple[str, Any]]:
-    """The (id, actual) pairs of a feedback request; raises `ContractError` with all that is wrong."""
-    pairs = [_pair(row, given, classes) for row, given in enumerate(elements)]
+def outcomes(
+    elements: Sequence[Any], classes: Sequence[Any] | None, outputs: int | None = None
+) -> list[tuple[str, Any]]:
+    """The (id, actual) pairs of a feedback request; raises `ContractError` with all that is wrong.
+
+    An outcome is one of `classes`, a number, or a list of as many values as the model has `outputs` a row.
+    """
+    pairs = [_pair(row, given, classes, outputs) for row, given in enumerate(elements)]
     findings = [pair for pair in pairs if isinstance(pair, dict)]
     if findings:
         raise refuse(findings)

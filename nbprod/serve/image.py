@@ -126,7 +126,12 @@ def run_bentoml_containerize(bento: str, engine: str, tag: str) -> str:
 
 # %% ../../nbs/serve/image.ipynb #fd9df9d7
 def containerize(
-    model: str, tag: str | None = None, engine: str | None = None, settings: Settings | None = None
+    model: str,
+    tag: str | None = None,
+    engine: str | None = None,
+    settings: Settings | None = None,
+    *,
+    allow_pickle: bool = False,
 ) -> Image:
     """Make an OCI image of `model` under the name `tag`, by default the model's tag.
 
@@ -135,6 +140,6 @@ def containerize(
     if tag is not None:
         check_tag(tag)
     engine = find_engine(engine)
-    bento = build(model, settings=settings).bento
+    bento = build(model, allow_pickle=allow_pickle, settings=settings).bento
     name = tag or bento
     return inspect_image(engine, name, run_bentoml_containerize(bento, engine, name))

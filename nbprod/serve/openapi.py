@@ -5,7 +5,8 @@
 # %% ../../nbs/serve/openapi.ipynb #78c808b5
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 from ..model.contract import json_schema
@@ -19,12 +20,21 @@ __all__ = ['ERRORS', 'schemas', 'paths', 'openapi_document']
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 
+def _value_schema(values: Iterable[Any]) -> dict[str, Any]:
+    """The type of plain values; none where they differ in it."""
+    kinds = {_TYPES.get(type(each), "string") for each in values}
+    return {"type": kinds.pop()} if len(kinds) == 1 else {}
+
+
 def _outcome_schema(model: Model) -> dict[str, Any]:
     """The schema of one prediction, which is also that of one outcome."""
+    if model.outputs is not None:
+        golden = chain.from_iterable(model.examples["predictions"])
+        sizes = {"minItems": model.outputs, "maxItems": model.outputs}
+        return {"type": "array", "items": _value_schema(golden)} | sizes
     if model.classes is None:
         return {"type": "number"}
-    kinds = {_TYPES.get(type(each), "string") for each in model.classes}
-    return {"type": kinds.pop(), "enum": model.classes} if len(kinds) == 1 else {"enum": model.classes}
+    return _value_schema(model.classes) | {"enum": model.classes}
 
 # %% ../../nbs/serve/openapi.ipynb #b11190e6
 def _object(properties: Mapping[str, Any], required: list[str] | None = None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from ..errors import NbprodError
 from ..model.contract import json_schema
 from ..model.store import Model
+from ..model.trust import Trust
 from .answering import Answerer
 from .append_log import check_writable
 from .openapi import openapi_document
@@ -65,6 +66,9 @@ def model_facts(model: Model) -> dict[str, Any]:
         "holdout": facts.get("holdout") or {},
         "lineage": facts.get("lineage") or {},
         "classes": model.classes,
+        "kind": facts.get("kind"),
+        "outputs": model.outputs,
+        "format": facts.get("format", "skops"),
         "contract": model.contract.as_dict(),
         "baseline": model.baseline.as_dict(),
     }
@@ -156,13 +160,19 @@ DURATION_BUCKETS = [
 ]  # seconds
 
 # %% ../../nbs/serve/service.ipynb #57f7ae83
-def create_service(tag: str, notebook: Path | None = None) -> Service[Any]:
-    """The BentoML service of the model `tag`; `notebook` is its executed notebook as an HTML file, if any."""
+def create_service(
+    tag: str, notebook: Path | None = None, *, trusted: Iterable[str] = (), allow_pickle: bool = False
+) -> Service[Any]:
+    """The BentoML service of the model `tag`; `notebook` is its executed notebook as an HTML file, if any.
+
+    `trusted` names and `allow_pickle` are what whoever built it trusts the model's file with.
+    """
     import bentoml
     from bentoml.models import BentoModel
 
     reference = BentoModel(tag)
-    model = Model(str(reference.tag), Path(reference.resolve().path))
+    trust = Trust(tuple(trusted), allow_pickle)
+    model = Model(str(reference.tag), Path(reference.resolve().path), trust)
     types, desk = api_types(model), Desk(max_body=0)
 
     class ModelService:
