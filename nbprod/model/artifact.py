@@ -25,7 +25,7 @@ from .contract import infer_contract
 from .examples import check_saved, golden_examples
 from .kinds import Kind, describe, holdout_metrics
 from .library import pack_library
-from .pipeline import FILES, SKOPS, Arrays, compute, write_pipeline
+from .pipeline import FILES, SKOPS, Arrays, compute, estimator_name, write_pipeline
 from .store import commit, share, staging_folder
 from ..settings import Settings, bentoml_home, find_project, load_settings
 
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("nbprod")
 
 # %% auto #0
-__all__ = ['LOGGER', 'NOT_SERVED', 'check_name', 'estimator_name', 'suspects', 'ask', 'stage', 'log_model', 'commit_staged',
-           'publish_models', 'recover']
+__all__ = ['LOGGER', 'NOT_SERVED', 'check_name', 'suspects', 'ask', 'stage', 'log_model', 'commit_staged', 'publish_models',
+           'recover']
 
 # %% ../../nbs/model/artifact.ipynb #737d7b96
 def check_name(name: str) -> str:
@@ -53,12 +53,6 @@ def check_name(name: str) -> str:
 # %% ../../nbs/model/artifact.ipynb #be792ce9
 def _live_version() -> str:
     return f"live-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-
-# %% ../../nbs/model/artifact.ipynb #416f5654
-def estimator_name(model: Any) -> str:
-    """The class name of a model, or of the last step of a pipeline."""
-    steps = getattr(model, "steps", None)
-    return type(steps[-1][1] if steps else model).__name__
 
 # %% ../../nbs/model/artifact.ipynb #18a157ac
 def _facts(model: Any, kind: Kind, given: Arrays, labels: Any) -> dict[str, Any]:

@@ -267,8 +267,8 @@ class Baseline:
     def prediction_values(self, predictions: Any, probabilities: Any = None) -> Any:
         """The values that `prediction` counts: the probability of classes[1] if known, else the prediction.
 
-        `predictions` is (rows,); `probabilities` (rows, classes), a column of lists, or None. Several outputs a
-        row, (rows, outputs), count by their mean, or by the text of all of them where they are categories.
+        `predictions` is (rows,); `probabilities` (rows, classes), a column of lists, or None. Several outputs
+        a row, (rows, outputs), count by their mean, or by the text of all of them where they are categories.
         """
         return _prediction_values(predictions, probabilities, self.prediction.kind, self.classes)
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['EXTRAS', 'SKOPS', 'PICKLE', 'FILES', 'Answer', 'listed', 'Arrays', 'compute', 'answer', 'missing_package',
-           'read_skops', 'read_pickle', 'read_pipeline', 'write_pipeline']
+__all__ = ['EXTRAS', 'SKOPS', 'PICKLE', 'FILES', 'Answer', 'estimator_name', 'listed', 'Arrays', 'compute', 'answer',
+           'missing_package', 'read_skops', 'read_pickle', 'read_pipeline', 'write_pipeline']
 
 # %% ../../nbs/model/pipeline.ipynb #4ad9e1d5
 @dataclass(frozen=True)
@@ -38,6 +38,12 @@ def _before_last(model: Any, frame: pd.DataFrame) -> tuple[Any, Any]:
     if not isinstance(model, Pipeline) or len(model) == 1:
         return model, frame
     return model[-1], model[:-1].transform(frame)
+
+# %% ../../nbs/model/pipeline.ipynb #82ea1fe7
+def estimator_name(model: Any) -> str:
+    """The class name of a model, or of the last step of a pipeline."""
+    steps = getattr(model, "steps", None)
+    return type(steps[-1][1] if steps else model).__name__
 
 # %% ../../nbs/model/pipeline.ipynb #32497537
 def _dense(values: Any) -> np.ndarray:
@@ -164,7 +170,7 @@ def _write_pickle(model: Any, path: Path) -> list[str]:
     try:
         path.write_bytes(pickle.dumps(model, protocol=5))
     except Exception as error:  # whatever the state of an estimator raises
-        raise ModelError(f"{type(model).__name__} cannot be pickled: {error}") from error
+        raise ModelError(f"{estimator_name(model)} cannot be pickled: {error}") from error
     return read_pickle(path)[1]
 
 
@@ -175,14 +181,14 @@ def _write_skops(model: Any, path: Path, library: str | None, trusted: Sequence[
         dump(model, path)
     except Exception as error:  # whatever the state of an estimator raises
         raise ModelError(
-            f"{type(model).__name__} cannot be saved without pickle: {error} With allow_pickle=True it is"
+            f"{estimator_name(model)} cannot be saved without pickle: {error} With allow_pickle=True it is"
             " saved as a pickle, which everyone who loads it has to trust."
         ) from error
     with path.open("rb") as file:
         try:
             return audit(file, library, trusted)
         except (ImportError, ModelError) as error:
-            raise ModelError(f"{type(model).__name__} cannot be saved: {error}") from error
+            raise ModelError(f"{estimator_name(model)} cannot be saved: {error}") from error
 
 
 def write_pipeline(

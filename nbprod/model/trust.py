@@ -16,10 +16,10 @@ from zipfile import ZipFile
 from ..errors import ModelError
 
 # %% auto #0
-__all__ = ['NO_MORE', 'DATA', 'VALUES', 'PRIMITIVES', 'OBJECT_MODULES', 'ESTIMATOR_PACKAGES', 'NEVER_IMPORTED',
-           'FUNCTION_MODULES', 'FUNCTIONS', 'METHODS', 'KNOWN', 'NAMED', 'LARGEST_SPARSE', 'OLDEST_PROTOCOL', 'Trust',
-           'Node', 'nodes', 'is_scalar', 'has_plain_keys', 'is_data', 'resolve', 'is_known_class', 'is_ufunc',
-           'is_known_function', 'is_of_library', 'is_trusted', 'check_sizes', 'check_array', 'hint', 'audit']
+__all__ = ['NO_MORE', 'DATA', 'VALUES', 'TYPES', 'OBJECT_MODULES', 'ESTIMATOR_PACKAGES', 'NEVER_IMPORTED', 'FUNCTION_MODULES',
+           'FUNCTIONS', 'METHODS', 'KNOWN', 'NAMED', 'LARGEST_SPARSE', 'OLDEST_PROTOCOL', 'Trust', 'Node', 'nodes',
+           'is_scalar', 'has_plain_keys', 'is_data', 'resolve', 'is_known_class', 'is_ufunc', 'is_known_function',
+           'is_of_library', 'is_trusted', 'check_sizes', 'check_array', 'hint', 'audit']
 
 # %% ../../nbs/model/trust.ipynb #2340efc4
 @dataclass(frozen=True)
@@ -87,9 +87,8 @@ VALUES = frozenset(
     {f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")}
     | {"zoneinfo.ZoneInfo", "decimal.Decimal", "builtins.complex"}
 )
-PRIMITIVES = frozenset(
-    {f"builtins.{name}" for name in ("str", "int", "float", "bool", "complex", "object", "bytes")}
-)
+_TYPES = "bool bytes complex dict float int list object set str tuple"
+TYPES = frozenset([*(f"builtins.{name}" for name in _TYPES.split()), "collections.OrderedDict"])
 
 # %% ../../nbs/model/trust.ipynb #3217b744
 def is_scalar(module: str, name: str) -> bool:
@@ -108,7 +107,7 @@ def has_plain_keys(node: Node) -> bool:
     return all(
         each["__loader__"] == "TypeNode"
         and (
-            f"{each['__module__']}.{each['__class__']}" in PRIMITIVES
+            f"{each['__module__']}.{each['__class__']}" in TYPES
             or is_scalar(each["__module__"], each["__class__"])
         )
         for each in types["content"]
@@ -124,7 +123,7 @@ def is_data(node: Node) -> bool:
     if node.loader == "ConstructorFromReduceNode":
         return node.path in VALUES
     if node.loader == "TypeNode":
-        return node.path in PRIMITIVES or is_scalar(node.module, node.name)
+        return node.path in TYPES or is_scalar(node.module, node.name)
     if node.loader == "DefaultDictNode":  # what makes its values is called without being asked
         return node.state["content"]["default_factory"]["__loader__"] in ("TypeNode", "JsonNode")
     return node.path in DATA.get(node.loader, ())
@@ -193,6 +192,7 @@ FUNCTION_MODULES = (
     "sklearn.metrics._classification",
     "sklearn.metrics._ranking",
     "sklearn.metrics._regression",
+    "sklearn.metrics._scorer",
     "sklearn.metrics.cluster._supervised",
     "sklearn.metrics.cluster._unsupervised",
     "sklearn.metrics.pairwise",
@@ -200,7 +200,7 @@ FUNCTION_MODULES = (
     "sklearn.preprocessing._function_transformer",
 )
 _NUMPY = """
-    argmax argmin around asarray atleast_1d atleast_2d average clip column_stack concatenate cumsum diff
+    argmax argmin around array asarray atleast_1d atleast_2d average clip column_stack concatenate cumsum diff
     hstack max mean median min nan_to_num nanmax nanmean nanmedian nanmin nanstd nansum prod ravel reshape
     round squeeze std sum transpose var vstack where
 """
@@ -237,6 +237,12 @@ def _is_known_method(node: Node) -> bool:
     return content["func"] in METHODS and is_known_class(node.module, node.name)
 
 
+def _is_known_type(node: Node) -> bool:
+    if node.path in FUNCTIONS:  # those that are written in C come as types
+        return True
+    return node.module.startswith("sklearn.") and is_known_class(node.module, node.name)
+
+
 def _is_known_loss(node: Node) -> bool:
     losses = (
         "sklearn._loss._loss",
@@ -247,7 +253,7 @@ def _is_known_loss(node: Node) -> bool:
 
 KNOWN: dict[str, Callable[[Node], bool]] = {
     "ObjectNode": lambda node: is_known_class(node.module, node.name),
-    "TypeNode": lambda node: node.module.startswith("sklearn.") and is_known_class(node.module, node.name),
+    "TypeNode": _is_known_type,
     "TreeNode": lambda node: node.path == "sklearn.tree._tree.Tree",
     "LossNode": _is_known_loss,
     "FunctionNode": lambda node: is_known_function(node.module, node.name),

@@ -236,8 +236,8 @@ def build(
     """Build the Bento of `model` (`name:version`, `name@alias`, `name:latest`), or find it built already.
 
     Raises `NotFoundError` if there is no such model, `ModelError` if it is a pickle and `allow_pickle` is not
-    said, and `ServeError` if the Bento cannot be built or answers the golden examples otherwise than expected;
-    then none is listed. `force` builds anew.
+    said, and `ServeError` if the Bento cannot be built or answers the golden examples otherwise than
+    expected; then none is listed. `force` builds anew.
     """
     settings = settings or load_settings(required=False)
     found = resolve(model, settings, Trust(allow_pickle=allow_pickle))
