@@ -360,7 +360,7 @@ def test_an_archive_that_would_grow_is_a_bomb(forest: Model, monkeypatch: pytest
     with ZipFile(inner, "w", ZIP_DEFLATED) as archive:
         archive.writestr("data.npy", bytes(10**6))
     forged(path, lambda _, members: members.update({"matrix.npz": inner.getvalue()}))
-    monkeypatch.setattr("nbprod.model.trust.LARGEST_SPARSE", 10**5)
+    monkeypatch.setattr("nbprod.model.archive.LARGEST_MATRIX", 10**5)
     refused(forest, "matrix.npz would unpack to 1,000,000 bytes")
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['TYPICAL_EXAMPLES', 'HARD_EXAMPLES', 'UNSEEN', 'TOLERANCE', 'typical_positions', 'hard_values', 'hard_rows',
+__all__ = ['TYPICAL_EXAMPLES', 'HARD_EXAMPLES', 'UNSEEN', 'TOLERANCE', 'typical_positions', 'hard_values', 'hard_rows', 'quiet',
            'answered', 'golden_examples', 'same', 'check_saved']
 
 # %% ../../nbs/model/examples.ipynb #c3ac8f96
@@ -57,6 +58,14 @@ def hard_rows(contract: Contract, rows: Sequence[dict[str, Any]]) -> list[dict[s
     return [{**rows[i % len(rows)], name: value} for i, (name, value) in enumerate(in_turn[:HARD_EXAMPLES])]
 
 # %% ../../nbs/model/examples.ipynb #9820d094
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without warnings, which would be about rows that are hard on purpose: of unknown categories, for one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _is_answered(model: Any, contract: Contract, rows: Sequence[dict[str, Any]]) -> bool:
     try:
         answer(model, contract.frame(rows))
@@ -82,8 +91,7 @@ def golden_examples(
     """
     typical = plain_rows(contract, inputs.iloc[typical_positions(inputs)])
     made = hard_rows(contract, typical)
-    with warnings.catch_warnings():  # of unknown categories, for one: they are ours
-        warnings.simplefilter("ignore")
+    with quiet():
         hard = answered(model, contract, made)
         rows = [*typical, *hard]
         given = answer(model, contract.frame(rows))
@@ -107,8 +115,7 @@ def same(expected: Any, given: Any) -> bool:
 def check_saved(saved: Any, model: Any, contract: Contract, examples: Mapping[str, Any]) -> None:
     """Raise `ModelError` unless `saved`, read from the file of `model`, answers the golden examples alike."""
     frame, name = contract.frame(examples["rows"]), estimator_name(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         matching = [_matches(examples, answer(each, frame)) for each in (saved, model)]
     if all(matching):
         return

@@ -233,7 +233,7 @@ class Model(Version):
         trusted = (*own.trusted, *self.trust.names)
         known = {*trusted, *([own.library] if own.library else [])}
         library = provide_library(self.library, self.library_path, self.facts.get("wheel") or {}, known)
-        path = self.file(FILES.get(self.facts.get("format", SKOPS), FILES[SKOPS]))
+        path = self.file(FILES.get(str(self.facts.get("format")), FILES[SKOPS]))
         return read_pipeline(path, library, trusted, allow_pickle=self.trust.allow_pickle)
 
     @property
@@ -273,7 +273,10 @@ class Model(Version):
         return self.pipeline.predict(self.contract.check_frame(frame))
 
     def predict_proba(self, frame: pd.DataFrame) -> np.ndarray:
-        """What the pipeline's `predict_proba` gives for `frame`, checked by the contract."""
+        """What the pipeline's `predict_proba` gives for `frame`, checked by the contract.
+
+        Of a classifier with several outputs that is mostly a list of arrays, one an output.
+        """
         return self.pipeline.predict_proba(self.contract.check_frame(frame))
 
     def as_dict(self) -> dict[str, Any]:

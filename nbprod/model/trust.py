@@ -14,12 +14,13 @@ from typing import IO, Any
 from zipfile import ZipFile
 
 from ..errors import ModelError
+from .archive import check_archive
 
 # %% auto #0
 __all__ = ['NO_MORE', 'DATA', 'VALUES', 'TYPES', 'OBJECT_MODULES', 'ESTIMATOR_PACKAGES', 'NEVER_IMPORTED', 'FUNCTION_MODULES',
-           'FUNCTIONS', 'METHODS', 'KNOWN', 'NAMED', 'LARGEST_SPARSE', 'OLDEST_PROTOCOL', 'Trust', 'Node', 'nodes',
-           'is_scalar', 'has_plain_keys', 'is_data', 'resolve', 'is_known_class', 'is_ufunc', 'is_known_function',
-           'is_of_library', 'is_trusted', 'check_sizes', 'check_array', 'hint', 'audit']
+           'FUNCTIONS', 'METHODS', 'KNOWN', 'NAMED', 'OLDEST_PROTOCOL', 'Trust', 'Node', 'nodes', 'is_scalar',
+           'has_plain_keys', 'is_data', 'resolve', 'is_known_class', 'is_ufunc', 'is_known_function', 'is_of_library',
+           'is_trusted', 'hint', 'audit']
 
 # %% ../../nbs/model/trust.ipynb #2340efc4
 @dataclass(frozen=True)
@@ -282,69 +283,6 @@ def is_trusted(node: Node, library: str | None, trusted: Iterable[str]) -> bool:
         return True
     return (node.loader in KNOWN and KNOWN[node.loader](node)) or is_of_library(node, library)
 
-# %% ../../nbs/model/trust.ipynb #bbf4250a
-LARGEST_SPARSE = 2**30  # bytes, of one sparse matrix: these alone are compressed
-
-
-def check_sizes(archive: ZipFile, size: int) -> None:
-    """Raise `ModelError` if the members of an archive of `size` bytes would grow beyond it."""
-    total = sum(member.file_size for member in archive.infolist())
-    if total > size:
-        raise ModelError(f"it has {size:,} bytes and would unpack to {total:,}")
-    for name in archive.namelist():
-        if name.endswith(".npz"):
-            with archive.open(name) as file, ZipFile(file) as inner:
-                inside = sum(member.file_size for member in inner.infolist())
-            if inside > LARGEST_SPARSE:
-                raise ModelError(f"its matrix {name} would unpack to {inside:,} bytes")
-
-
-def _header(file: IO[bytes]) -> Any:
-    """The dtype that an array's file begins with."""
-    from numpy.lib import format as npy
-
-    version = npy.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
-        raise ModelError(f"an array in it is of NumPy's format {version}, which is not known")
-    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    return read(file)[2]
-
-
-def _layout(dtype: Any) -> tuple[Any, str, str] | None:
-    """For the nodes of a tree: the layout that they must have here, and the names of the two branches."""
-    names = dtype.names or ()
-    if "left_child" in names:
-        from sklearn.tree._tree import NODE_DTYPE
-
-        return NODE_DTYPE, "left_child", "right_child"
-    if "feature_idx" in names:
-        from sklearn.ensemble._hist_gradient_boosting.common import PREDICTOR_RECORD_DTYPE
-
-        return PREDICTOR_RECORD_DTYPE, "left", "right"
-    return None
-
-
-def check_array(archive: ZipFile, name: str) -> None:
-    """Raise `ModelError` if an array in the archive is another machine's, or a tree that leads astray."""
-    import numpy as np
-
-    with archive.open(name) as file:
-        dtype = _header(file)
-        if not dtype.isnative:
-            raise ModelError(f"its array {name} is of an architecture with another order of bytes")
-        layout = _layout(dtype)
-        if layout is None:
-            return
-        if dtype != layout[0]:
-            raise ModelError(f"its tree {name} is of another architecture or another scikit-learn")
-        file.seek(0)
-        tree = np.load(file, allow_pickle=False)
-    places = np.flatnonzero(tree["left_child"] != -1 if "left_child" in dtype.names else tree["is_leaf"] == 0)
-    for branch in layout[1:]:
-        targets = tree[branch][places].astype(np.int64)
-        if ((targets <= places) | (targets >= len(tree))).any():
-            raise ModelError(f"its tree {name} has branches that lead nowhere")
-
 # %% ../../nbs/model/trust.ipynb #0f8a11ba
 OLDEST_PROTOCOL = 2  # that any release of skops which nbprod accepts has written
 
@@ -371,7 +309,7 @@ def audit(file: IO[bytes], library: str | None = None, trusted: Iterable[str] = 
     """
     size = file.seek(0, os.SEEK_END)
     with ZipFile(file) as archive:
-        check_sizes(archive, size)
+        check_archive(archive, size)
         schema = json.loads(archive.read("schema.json"))
         if not isinstance(schema, dict) or not isinstance(schema.get("protocol"), int):
             raise ModelError("its schema.json is not skops'")
@@ -383,7 +321,4 @@ def audit(file: IO[bytes], library: str | None = None, trusted: Iterable[str] = 
         refused = sorted({node.path for node in named if not is_trusted(node, library, tuple(trusted))})
         if refused:
             raise ModelError(f"it holds what is not trusted: {', '.join(refused)}. {hint(refused)}")
-        for name in archive.namelist():
-            if name.endswith(".npy"):
-                check_array(archive, name)
     return sorted({f"{node.module}.{node.name}" for node in named} | {node.path for node in named})

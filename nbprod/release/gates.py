@@ -12,7 +12,7 @@ from typing import Any
 
 
 from ..errors import ModelError
-from ..model.examples import same
+from ..model.examples import quiet, same
 from ..model.store import Model
 
 # %% auto #0
@@ -59,7 +59,8 @@ def golden_answers(model: Model) -> Gate:
     """Whether the pipeline, loaded here, still answers the golden examples as it did in training."""
     examples = model.examples
     try:
-        given = model.answer(model.contract.frame(examples["rows"]))
+        with quiet():
+            given = model.answer(model.contract.frame(examples["rows"]))
     except ModelError as error:
         return Gate("golden_answers", False, f"It cannot be loaded here: {error}")
     pairs = zip(examples["predictions"], given.predictions, strict=True)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..model.examples import quiet
 from ..model.store import Model
 from .append_log import check_writable
 from .counting import ServiceMetrics
@@ -104,7 +105,8 @@ class Answerer:
         folder = settings.predictions / model.name
         check_writable(folder)
         self.model, self.metrics = model, ServiceMetrics(model, registry)
-        self.parity = compare(model.examples, answer_rows(model, model.examples["rows"])[1])
+        with quiet():
+            self.parity = compare(model.examples, answer_rows(model, model.examples["rows"])[1])
         self._log = PredictionLog(folder, model.tag, model.contract, self.metrics.bins, self.metrics.dropped)
         self._feedback_log = FeedbackLog(folder, self.metrics.dropped)
 
