@@ -60,7 +60,7 @@ def hard_rows(contract: Contract, rows: Sequence[dict[str, Any]]) -> list[dict[s
 # %% ../../nbs/model/examples.ipynb #9820d094
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without warnings, which would be about rows that are hard on purpose: of unknown categories, for one."""
+    """Without warnings: rows that are hard on purpose give some, of unknown categories for one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

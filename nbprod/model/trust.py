@@ -307,7 +307,7 @@ def audit(file: IO[bytes], library: str | None = None, trusted: Iterable[str] = 
     not sound; `ImportError` if a name is of a package that is not here; and for a damaged file what `zipfile`
     and `json` raise.
     """
-    size = file.seek(0, os.SEEK_END)
+    size, known = file.seek(0, os.SEEK_END), frozenset(trusted)
     with ZipFile(file) as archive:
         check_archive(archive, size)
         schema = json.loads(archive.read("schema.json"))
@@ -318,7 +318,7 @@ def audit(file: IO[bytes], library: str | None = None, trusted: Iterable[str] = 
                 f"it is of skops' protocol {schema['protocol']}, older than any that nbprod wrote"
             )
         named = list(nodes(schema))
-        refused = sorted({node.path for node in named if not is_trusted(node, library, tuple(trusted))})
+        refused = sorted({node.path for node in named if not is_trusted(node, library, known)})
         if refused:
             raise ModelError(f"it holds what is not trusted: {', '.join(refused)}. {hint(refused)}")
     return sorted({f"{node.module}.{node.name}" for node in named} | {node.path for node in named})
