@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['HEADLINE', 'PICKLE', 'RISK', 'VERDICTS', 'Namer', 'FEW', 'NOT_HERE', 'STYLE', 'headline', 'brief', 'number',
            'format_text', 'compiled_text', 'on_aliases', 'aliases_of', 'origin', 'column_row', 'request', 'usage',
-           'card_text', 'contract_html', 'card_html']
+           'card_text', 'run_link', 'contract_html', 'card_html']
 
 # %% ../../nbs/model/card.ipynb #6be4214b
 HEADLINE = ("auc", "accuracy", "r2", "mean_absolute_error", "log_loss")
@@ -165,7 +165,7 @@ def _seen(column: Column) -> str:
         return _few(column.categories)
     if column.minimum is not None and column.maximum is not None:
         low, high = column_texts("", [column.minimum, column.maximum])[0]
-        return f"{low} to {high}"
+        return low if low == high else f"{low} to {high}"
     return ""
 
 
@@ -297,7 +297,7 @@ def _notebook(model: Model) -> Path | None:
     return next((path for path in found if path.resolve().is_relative_to(root)), None)
 
 
-def _run_html(model: Model, text: str) -> str:
+def run_link(model: Model, text: str) -> str:
     """What is said of when a model was made, with a link at the run."""
     path = _notebook(model)
     link = notebook_link(path) if path else None
@@ -378,7 +378,7 @@ def card_html(model: Model) -> str:
     """The card of a model as HTML. What only the shared store has is shown as far as its facts go."""
     facts = model.facts
     lines = [(name, escape(value)) for name, value in origin(model).items() if name != "made"]
-    lines.insert(0, ("made", _run_html(model, origin(model)["made"])))
+    lines.insert(0, ("made", run_link(model, origin(model)["made"])))
     parts = [STYLE, _head(model, facts)]
     if facts.get("holdout"):
         parts += [_tiles(facts["holdout"])]
