@@ -1328,6 +1328,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'nbprod.model.card.origin': ('model/card.html#origin', 'nbprod/model/card.py'),
                                    'nbprod.model.card.request': ('model/card.html#request', 'nbprod/model/card.py'),
                                    'nbprod.model.card.run_link': ('model/card.html#run_link', 'nbprod/model/card.py'),
+                                   'nbprod.model.card.telling_first': ('model/card.html#telling_first', 'nbprod/model/card.py'),
                                    'nbprod.model.card.usage': ('model/card.html#usage', 'nbprod/model/card.py')},
             'nbprod.model.compile': { 'nbprod.model.compile.Predictor': ('model/compile.html#predictor', 'nbprod/model/compile.py'),
                                       'nbprod.model.compile.Predictor.__init__': ( 'model/compile.html#predictor.__init__',

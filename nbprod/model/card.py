@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from nbprod.model.store import Model
 
 # %% auto #0
-__all__ = ['HEADLINE', 'PICKLE', 'RISK', 'VERDICTS', 'Namer', 'FEW', 'NOT_HERE', 'STYLE', 'headline', 'brief', 'number',
-           'format_text', 'compiled_text', 'on_aliases', 'aliases_of', 'origin', 'column_row', 'request', 'usage',
-           'card_text', 'run_link', 'contract_html', 'card_html']
+__all__ = ['HEADLINE', 'PICKLE', 'RISK', 'VERDICTS', 'Namer', 'FEW', 'NOT_HERE', 'STYLE', 'headline', 'telling_first', 'brief',
+           'number', 'format_text', 'compiled_text', 'on_aliases', 'aliases_of', 'origin', 'column_row', 'request',
+           'usage', 'card_text', 'run_link', 'contract_html', 'card_html']
 
 # %% ../../nbs/model/card.ipynb #6be4214b
 HEADLINE = ("auc", "accuracy", "r2", "mean_absolute_error", "log_loss")
@@ -32,9 +32,14 @@ PICKLE = "pickle"
 
 def headline(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The hold-out metrics for where there is little room: three at most, the telling ones first."""
+    return dict([*telling_first(facts).items()][:3])
+
+
+def telling_first(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """All hold-out metrics, those that are known to tell most first."""
     holdout = facts.get("holdout") or {}
     known = [name for name in HEADLINE if name in holdout]
-    return {name: holdout[name] for name in [*known, *(name for name in holdout if name not in known)][:3]}
+    return {name: holdout[name] for name in [*known, *(name for name in holdout if name not in known)]}
 
 
 def _known_facts(model: Model) -> Mapping[str, Any]:
@@ -193,12 +198,10 @@ def request(model: Model) -> tuple[str, str] | None:
     return f"{command}'{body}'", json.dumps(answer, ensure_ascii=False)
 
 
-def usage(model: Model) -> str:
-    """What one does next with a model, in code and on the command line."""
-    return (
-        f'model = nbprod.load_model("{model.tag}")\nmodel.predict(frame)\n\n'
-        f"nbprod promote {model.tag} production\nnbprod serve {model.tag}"
-    )
+def usage(model: Model) -> tuple[str, str]:
+    """What one does next with a model: in code, and on the command line."""
+    code = f'model = nbprod.load_model("{model.tag}")\nmodel.predict(frame)'
+    return code, f"nbprod promote {model.tag} production\nnbprod serve {model.tag}"
 
 # %% ../../nbs/model/card.ipynb #9286f8c7
 def _values(group: Mapping[str, Any] | None) -> str:
@@ -219,7 +222,9 @@ def card_text(model: Model) -> str:
     facts = model.facts
     lines = {"model": model.tag, "aliases": ", ".join(aliases_of(model)) or "-"} | origin(model)
     lines |= (
-        {"hold-out": f"{_values(facts['holdout'])} ({_holdout_title(facts)})"} if facts.get("holdout") else {}
+        {"hold-out": f"{_values(telling_first(facts))} ({_holdout_title(facts)})"}
+        if facts.get("holdout")
+        else {}
     )
     lines |= {name: _values(facts[name]) for name in ("params", "metrics") if facts.get(name)}
     told = [f"{name:9} {value}" for name, value in lines.items()]
@@ -253,14 +258,15 @@ STYLE = """<style>
   color: var(--jp-ui-inverse-font-color1, #fff); background: var(--jp-brand-color1, #1976d2); }
 .nbprod-card .nbprod-warn { margin: 8px 0 0; padding: 5px 10px; border-radius: 4px;
   border-left: 4px solid var(--jp-warn-color1, #fb8c00); background: var(--jp-layout-color2, #8882); }
-.nbprod-card .nbprod-tiles { display: flex; flex-wrap: wrap; gap: 4px 26px; margin: 10px 0 8px; }
+.nbprod-card .nbprod-tiles { display: flex; flex-wrap: wrap; gap: 4px 26px; margin: 10px 0 0; }
 .nbprod-card .nbprod-tiles div { display: flex; flex-direction: column; }
 .nbprod-card .nbprod-tiles b { font-size: 1.35em; font-weight: 600; line-height: 1.25;
   font-variant-numeric: tabular-nums; }
-.nbprod-card.nbprod-card dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 0;
-  padding: 0; }
+.nbprod-card.nbprod-card dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px;
+  margin: 10px 0 0; padding: 0; }
+.nbprod-card .nbprod-pair { display: flex; flex-wrap: wrap; gap: 0 40px; }
 .nbprod-card.nbprod-card dt { margin: 0; font-weight: 400; color: var(--jp-ui-font-color2, inherit); }
-.nbprod-card.nbprod-card dd { margin: 0; overflow-wrap: anywhere; }
+.nbprod-card.nbprod-card dd { margin: 0; width: auto; max-width: none; overflow-wrap: anywhere; }
 .nbprod-card details { margin-top: 6px; padding-top: 6px;
   border-top: 1px solid var(--jp-border-color2, #8886); }
 .nbprod-card summary { cursor: pointer; font-weight: 600; }
@@ -270,11 +276,11 @@ STYLE = """<style>
 .nbprod-card.nbprod-card th, .nbprod-card.nbprod-card td { padding: 2px 16px 2px 0; text-align: left;
   border: 0; border-bottom: 1px solid var(--jp-border-color2, #8884); vertical-align: baseline;
   white-space: normal; max-width: 30em; }
-.nbprod-card.nbprod-card tr { background: none; }
+.nbprod-card.nbprod-card tr:nth-child(n) { background: none; }
 .nbprod-card.nbprod-card thead th { font-weight: 400; color: var(--jp-ui-font-color2, inherit); }
 .nbprod-card.nbprod-card tbody th { font-weight: 600; }
 .nbprod-card.nbprod-card pre { margin: 6px 0; padding: 8px 10px; border-radius: 4px; white-space: pre-wrap;
-  overflow-wrap: anywhere; user-select: all; background: var(--jp-layout-color2, #8882);
+  word-break: normal; overflow-wrap: break-word; user-select: all; background: var(--jp-layout-color2, #8882);
   font-family: var(--jp-code-font-family, monospace); font-size: .95em; color: inherit; }
 .nbprod-card a { color: var(--jp-content-link-color, #3d8bfd); }
 </style>"""
@@ -298,7 +304,7 @@ def _notebook(model: Model) -> Path | None:
 
 
 def run_link(model: Model, text: str) -> str:
-    """What is said of when a model was made, with a link at the run."""
+    """A text as HTML, with a link to the executed notebook where it names the run."""
     path = _notebook(model)
     link = notebook_link(path) if path else None
     if link is None or not model.run:
@@ -360,8 +366,13 @@ def _run_values(facts: Mapping[str, Any]) -> str:
     params, metrics = (facts.get(name) or {} for name in ("params", "metrics"))
     counts = [f"{len(params)} parameters"] if params else []
     counts += [f"{len(metrics)} metrics"] if metrics else []
-    lines = [(name, escape(number(value))) for name, value in [*params.items(), *metrics.items()]]
-    return _folded(f"Run: {', '.join(counts)}", _list(lines)) if counts else ""
+    lists = [
+        _html("div", _list((name, escape(number(value))) for name, value in group.items()))
+        for group in (params, metrics)
+    ]
+    return (
+        _folded(f"Run: {' and '.join(counts)}", _html("div", "".join(lists), "nbprod-pair")) if counts else ""
+    )
 
 
 def _head(model: Model, facts: Mapping[str, Any]) -> str:
@@ -377,13 +388,14 @@ def _head(model: Model, facts: Mapping[str, Any]) -> str:
 def card_html(model: Model) -> str:
     """The card of a model as HTML. What only the shared store has is shown as far as its facts go."""
     facts = model.facts
-    lines = [(name, escape(value)) for name, value in origin(model).items() if name != "made"]
-    lines.insert(0, ("made", run_link(model, origin(model)["made"])))
+    told = origin(model) | ({"format": PICKLE} if facts.get("format") == PICKLE else {})
+    lines = [
+        (name, run_link(model, value) if name == "made" else escape(value)) for name, value in told.items()
+    ]
     parts = [STYLE, _head(model, facts)]
     if facts.get("holdout"):
-        parts += [_tiles(facts["holdout"])]
-        lines.append(("measured", escape(_holdout_title(facts))))
+        parts += [_tiles(telling_first(facts)), _html("div", escape(_holdout_title(facts)), "nbprod-quiet")]
     lines += [] if _is_here(model) else [("files", escape(NOT_HERE))]
     parts += [_list(lines), _inside(model) if _is_here(model) else "", _run_values(facts)]
-    parts.append(_folded("Use it", _html("pre", escape(usage(model)))))
+    parts.append(_folded("Use it", "".join(_html("pre", escape(each)) for each in usage(model))))
     return _html("div", "".join(parts), "nbprod-card", role="group", **{"aria-label": f"Model {model.tag}"})

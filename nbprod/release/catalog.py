@@ -58,12 +58,11 @@ def _texts(row: dict[str, Any]) -> dict[str, str]:
         "model": row["tag"],
         "created": short_text(datetime.fromisoformat(row["created"])),
         "aliases": ", ".join(row["aliases"]),
-        "estimator": str(row["estimator"] or ""),
         "format": f"⚠ {PICKLE}" if row["format"] == PICKLE else row["format"],
         "compiled": row["compiled"],
-        "run": row["run"] or "by hand",
     }
-    return fields | {"files": "" if row["here"] else "in the shared store"}
+    files = "" if row["here"] else "in the shared store"
+    return fields | {"estimator": str(row["estimator"] or ""), "files": files}
 
 
 def _metric_columns(found: Sequence[Model]) -> list[list[str]]:
@@ -86,12 +85,13 @@ def models_html(found: Sequence[Model], settings: Settings) -> str:
     columns = [
         [cell(name, tag="th")]
         + [
-            cell(each[name], inside=run_link(model, each[name]) if name == "run" else None)
+            cell(each[name], inside=run_link(model, each[name]) if name == "model" else None)
             for model, each in zip(shown, texts, strict=True)
         ]
         for name in names or ["model"]
     ]
-    columns[-1:-1] = _metric_columns(shown)
+    place = names.index("estimator") if "estimator" in names else len(columns)
+    columns[place:place] = _metric_columns(shown)
     lines = "".join(f"<tr>{''.join(line)}</tr>" for line in zip(*columns, strict=True))
     more = f"<p>… and {len(found) - MOST:,} more; frame() has them all.</p>" if len(found) > MOST else ""
     return f'{STYLE}<table class="nbprod-runs">{lines}</table>{more}'
