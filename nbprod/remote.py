@@ -128,7 +128,7 @@ class Remote:
 PATIENCE = 10.0  # seconds
 
 
-def check_answers(remote: Remote, name: str, seconds: float = PATIENCE) -> None:
+def check_answers(remote: Remote, name: str, seconds: float | None = None) -> None:
     """Ask the store whether it has `name`. Raises `StoreError` if it cannot be reached, or in time."""
     filesystem, answers = remote.opened[0], list[Exception | None]()
 
@@ -140,10 +140,11 @@ def check_answers(remote: Remote, name: str, seconds: float = PATIENCE) -> None:
             answers.append(error)
 
     asking = threading.Thread(target=ask, daemon=True)
+    patience = PATIENCE if seconds is None else seconds
     asking.start()
-    asking.join(seconds)
+    asking.join(patience)
     if not answers:
-        message = f"has not answered for {seconds:g} seconds. Check network and endpoint, and repeat"
+        message = f"has not answered for {patience:g} seconds. Check network and endpoint, and repeat"
         raise StoreError(f"The store {remote} {message} the command.")
     if answers[0] is not None:
         with reaching(remote.url):

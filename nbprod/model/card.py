@@ -188,7 +188,7 @@ def column_row(column: Column) -> dict[str, str]:
 # %% ../../nbs/model/card.ipynb #4ff80f8c
 def request(model: Model) -> tuple[str, str] | None:
     """A request to the model's service, as a command, and its answer; None if there is no example."""
-    examples = model.examples
+    examples = model.examples if (model.folder / "examples.json").exists() else {}
     if not examples.get("rows"):
         return None
     body = json.dumps({"rows": examples["rows"][:1]}, ensure_ascii=False).replace("'", "'\\''")
@@ -217,6 +217,13 @@ def _is_here(model: Model) -> bool:
     return model.folder.exists()
 
 
+def _aligned(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Rows of texts as lines, their names first."""
+    table = [{name: name for name in rows[0]}, *rows]
+    widths = {name: max(len(row[name]) for row in table) for name in rows[0]}
+    return ["  ".join(row[name].ljust(widths[name]) for name in widths).rstrip() for row in table]
+
+
 def card_text(model: Model) -> str:
     """The card of a model as lines of text."""
     facts = model.facts
@@ -231,12 +238,7 @@ def card_text(model: Model) -> str:
     if not _is_here(model):
         return "\n".join([*told, f"{'files':9} {NOT_HERE}"])
     columns = [column_row(column) for column in model.contract.columns]
-    widths = {
-        name: max(len(row[name]) for row in [dict(zip(columns[0], columns[0], strict=True)), *columns])
-        for name in columns[0]
-    }
-    table = [dict(zip(widths, widths, strict=True)), *columns]
-    told += ["", *("  ".join(row[name].ljust(widths[name]) for name in widths).rstrip() for row in table)]
+    told += ["", *_aligned(columns)] if columns else []
     example = request(model)
     return "\n".join([*told, *(["", example[0], f"→ {example[1]}"] if example else [])])
 
@@ -324,6 +326,8 @@ def _tiles(group: Mapping[str, Any]) -> str:
 
 def _table(rows: Sequence[Mapping[str, str]]) -> str:
     """Rows of texts as a table, without the columns that are empty in all of them."""
+    if not rows:
+        return _html("p", "none", "nbprod-quiet")
     names = [name for name in rows[0] if any(row[name] for row in rows)]
     head = "".join(_html("th", escape(name), scope="col") for name in names)
     body = (
