@@ -6,16 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from ..errors import ModelError
-
-if TYPE_CHECKING:
-    import pandas as pd
+from .graph import Width, feed, kinds_of
 
 # %% auto #0
-__all__ = ['Width', 'MISSING', 'parts', 'kind_of', 'feed', 'plain_attribute', 'split_values', 'set_thresholds', 'convert',
-           'open_session']
+__all__ = ['parts', 'plain_attribute', 'split_values', 'set_thresholds', 'equivalent', 'convert']
 
 # %% ../../nbs/model/conversion.ipynb #7dfb6190
 def parts(model: Any) -> Iterator[tuple[Any | None, Any]]:
@@ -30,40 +27,6 @@ def parts(model: Any) -> Iterator[tuple[Any | None, Any]]:
         for cut in range(1, len(model)):
             yield model[:cut], model[cut:] if cut < len(model) - 1 else model[-1]
 
-# %% ../../nbs/model/conversion.ipynb #a4a56e2e
-Width = Literal["float32", "float64"]
-MISSING = "nan"
-
-
-def kind_of(values: pd.Series) -> str:
-    """Whether a column is fed to a graph as `text` or as `number`. `ModelError` for what is neither."""
-    from pandas.api import types
-
-    if types.is_bool_dtype(values.dtype) or types.is_numeric_dtype(values.dtype):
-        return "number"
-    present = values.dropna()
-    if present.map(lambda value: isinstance(value, str)).all():
-        return "text"
-    raise ModelError(f"column {values.name!r} of {values.dtype} has no counterpart in ONNX")
-
-# %% ../../nbs/model/conversion.ipynb #81acd947
-def feed(inputs: Any, width: Width) -> dict[str, Any]:
-    """A table or an array as the inputs of a graph, by name; n by 1 for each column, n by m for an array."""
-    import numpy as np
-    import pandas as pd
-
-    if not isinstance(inputs, pd.DataFrame):
-        return {"inputs": np.ascontiguousarray(inputs, dtype=width)}
-    given = {}
-    for position, name in enumerate(inputs.columns):
-        column = inputs.iloc[:, position]
-        if kind_of(column) == "text":
-            values = column.astype(object).where(column.notna(), MISSING).to_numpy(dtype=object)
-        else:
-            values = column.to_numpy(dtype=width, na_value=np.nan)
-        given[str(name)] = values.reshape(-1, 1)
-    return given
-
 # %% ../../nbs/model/conversion.ipynb #2e52c8a4
 def _input_types(inputs: Any, width: Width) -> list[tuple[str, Any]]:
     """What skl2onnx is told of the inputs: names and types."""
@@ -71,7 +34,7 @@ def _input_types(inputs: Any, width: Width) -> list[tuple[str, Any]]:
 
     number = DoubleTensorType if width == "float64" else FloatTensorType
     told = []
-    for name, values in feed(inputs[:1], width).items():
+    for name, values in feed(inputs[:1], kinds_of(inputs), width).items():
         tensor = StringTensorType if values.dtype == object else number
         told.append((name, tensor([None, values.shape[1]])))
     return told
@@ -224,6 +187,19 @@ def set_thresholds(graph: Any, final: Any, width: Width) -> bool:
             operators.version = max(operators.version, 3)
     return True
 
+# %% ../../nbs/model/conversion.ipynb #c5a65203
+def equivalent(final: Any) -> Any:
+    """An estimator that answers as `final` does, where skl2onnx's converter for its own class does not."""
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+    from sklearn.linear_model import LogisticRegression
+
+    if type(final) is not LinearDiscriminantAnalysis:
+        return final
+    stand_in = LogisticRegression()
+    stand_in.coef_, stand_in.intercept_ = final.coef_, final.intercept_
+    stand_in.classes_, stand_in.n_features_in_ = final.classes_, final.n_features_in_
+    return stand_in
+
 # %% ../../nbs/model/conversion.ipynb #c5a65200
 def _as_read(part: Any, final: Any, width: Width) -> Any:
     """`part`, with a step that makes 32-bit floats of what trees read as such after steps in 64 bits."""
@@ -231,29 +207,41 @@ def _as_read(part: Any, final: Any, width: Width) -> Any:
     from skl2onnx.sklapi import CastTransformer
     from sklearn.pipeline import Pipeline
 
-    if width == "float32" or hasattr(final, "_predictors") or not split_values(final):
+    stand_in = equivalent(final)
+    casts: list[tuple[str, Any]] = []
+    if width == "float64" and not hasattr(final, "_predictors") and split_values(final):
+        casts = [("single", CastTransformer(dtype=np.float32)), ("double", CastTransformer(dtype=np.float64))]
+    if stand_in is final and not casts:
         return part
     before = part.steps[:-1] if isinstance(part, Pipeline) else []
-    casts = [("single", CastTransformer(dtype=np.float32)), ("double", CastTransformer(dtype=np.float64))]
-    return Pipeline([*before, *casts, ("final", final)])
+    return Pipeline([*before, *casts, ("final", stand_in)])
 
 
+def _onnx(part: Any, inputs: Any, width: Width, options: dict[int, dict[str, bool]] | None) -> Any:
+    """skl2onnx's graph of `part`."""
+    from skl2onnx import convert_sklearn
+
+    return convert_sklearn(
+        part,
+        initial_types=_input_types(inputs, width),
+        options=options,
+        custom_conversion_functions=_converters(),
+    )
+
+# %% ../../nbs/model/conversion.ipynb #c5a65201
 def convert(part: Any, inputs: Any, width: Width) -> bytes:
     """The ONNX graph of a fitted estimator or pipeline that takes such `inputs` (a table or an array).
 
     `ModelError` says why there is none.
     """
-    from skl2onnx import convert_sklearn
-
     final = part.steps[-1][1] if hasattr(part, "steps") else part
-    options = {id(final): {"zipmap": False}} if hasattr(final, "predict_proba") else None
+    read = _as_read(part, final, width)
+    last = read.steps[-1][1] if hasattr(read, "steps") else read
     try:
-        graph = convert_sklearn(
-            _as_read(part, final, width),
-            initial_types=_input_types(inputs, width),
-            options=options,
-            custom_conversion_functions=_converters(),
-        )
+        try:
+            graph = _onnx(read, inputs, width, {id(last): {"zipmap": False}})
+        except NameError:  # an estimator that has no such option gives an array anyway
+            graph = _onnx(read, inputs, width, None)
     except Exception as error:  # skl2onnx raises whatever a converter meets
         raise ModelError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
     set_thresholds(graph, final, width)
@@ -261,16 +249,3 @@ def convert(part: Any, inputs: Any, width: Width) -> bytes:
         output.ClearField("type")
     content: bytes = graph.SerializeToString()
     return content
-
-# %% ../../nbs/model/conversion.ipynb #3a1e09e5
-def open_session(graph: bytes) -> Any:
-    """An ONNX Runtime session of a graph, on one thread. `ModelError` if it cannot be executed."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    try:
-        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has an exception for each status
-        raise ModelError(f"{' '.join(str(error).split())[:300]}") from error
