@@ -181,12 +181,26 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 # %% ../../nbs/model/compile.ipynb #01f81fc0
+def _calls(part: Any) -> str:
+    """The function that the first step of a part calls, by its name; empty if it calls none."""
+    from sklearn.preprocessing import FunctionTransformer
+
+    first = part.steps[0][1] if hasattr(part, "steps") else part
+    if type(first) is not FunctionTransformer or first.func is None:
+        return ""
+    return str(getattr(first.func, "__qualname__", first.func))
+
+
 def _predictors(
     model: Any, contract: Contract, probe: pd.DataFrame, reasons: list[str]
 ) -> Iterator[tuple[Predictor, float, int]]:
     """Predictors whose graph agrees with its part, their differences and the rows asked; the best first."""
     shape = shape_of(compute(model, probe))
     for before, part in parts(model):
+        called = _calls(part)
+        if called:
+            reasons.append(f"{called} stays Python")
+            continue
         try:
             table = probe if before is None else before.transform(probe)
             table = _stacked(table, edge_rows(table, thresholds(_last(part))))
