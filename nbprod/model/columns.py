@@ -5,7 +5,8 @@
 # %% ../../nbs/model/columns.ipynb #13120a71
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from .contract import Column, Contract
@@ -70,16 +71,22 @@ class ColumnReader:
     """How rows and tables that keep a contract become `Columns`."""
 
     def __init__(self, contract: Contract, dtypes: Mapping[str, str]) -> None:
-        self.plan = [(each.name, dtypes[each.name], TEXTS.get(each.dtype)) for each in contract.columns]
+        self.names = contract.names
+        self.plan = [
+            (each.name, dtypes[each.name], TEXTS.get(each.dtype) if each.nullable else None)
+            for each in contract.columns
+        ]
 
     def rows(self, rows: Sequence[Mapping[str, Any]]) -> Columns:
         """JSON rows, each with every column, as columns."""
         import numpy as np
 
-        arrays = {}
-        for name, dtype, missing in self.plan:
-            values = [row[name] for row in rows]
-            if dtype == "object" and missing is not None:
+        arrays: dict[str, Any] = {}
+        columns: Iterable[Sequence[Any]] = zip(*map(itemgetter(*self.names), rows), strict=True)
+        if len(self.names) == 1:
+            columns = [[row[self.names[0]] for row in rows]]
+        for (name, dtype, missing), values in zip(self.plan, columns, strict=True):
+            if missing is not None:
                 values = [missing if value is None else value for value in values]
             arrays[name] = np.array(values, dtype=dtype)
         return Columns(arrays, len(rows))

@@ -78,6 +78,12 @@ class Verdict:
     microseconds: dict[str, float] | None = None
     reason: str = ""
 
+    @property
+    def gains(self) -> bool:
+        """Whether the compiled form takes less time for a row than the pipeline."""
+        took = self.microseconds or {"pipeline": 0.0, "compiled": math.inf}
+        return took["compiled"] < took["pipeline"]
+
     def as_dict(self) -> dict[str, Any]:
         """The verdict as JSON can hold it."""
         return asdict(self)
@@ -261,9 +267,13 @@ def compile_model(model: Any, contract: Contract, inputs: pd.DataFrame) -> tuple
                 plan = replace(predictor.plan, arrays=True)
                 predictor = Predictor(predictor.graph, plan, contract, predictor.before)
             off = max(off, judge_whole(predictor, model, probe))
-            if off <= TOLERANCE:
-                return predictor, _accepted(predictor, model, probe, rows, off, reasons)
-            reasons.append(f"it is off by {off:.2g} on rows made to tell them apart")
+            if off > TOLERANCE:
+                reasons.append(f"it is off by {off:.2g} on rows made to tell them apart")
+                continue
+            verdict = _accepted(predictor, model, probe, rows, off, reasons)
+            if verdict.gains:
+                return predictor, verdict
+            reasons.append(f"nothing is gained by compiling what follows {verdict.steps} steps")
     except Exception as error:  # a model is logged whatever compiling it meets
         reasons.append(_reason(error))
     return None, Verdict("no", rows=len(probe), reason="; ".join(dict.fromkeys(reasons)))

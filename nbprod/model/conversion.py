@@ -5,14 +5,16 @@
 # %% ../../nbs/model/conversion.ipynb #ac08b179
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from typing import Any
 
 from ..errors import ModelError
 from .graph import Width, feed, kinds_of
 
 # %% auto #0
-__all__ = ['parts', 'plain_attribute', 'split_values', 'set_thresholds', 'equivalent', 'convert']
+__all__ = ['OPERATORS', 'parts', 'plain_attribute', 'split_values', 'set_thresholds', 'equivalent', 'convert']
 
 # %% ../../nbs/model/conversion.ipynb #7dfb6190
 def parts(model: Any) -> Iterator[tuple[Any | None, Any]]:
@@ -191,13 +193,15 @@ def set_thresholds(graph: Any, final: Any, width: Width) -> bool:
 def equivalent(final: Any) -> Any:
     """An estimator that answers as `final` does, where skl2onnx's converter for its own class does not."""
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-    from sklearn.linear_model import LogisticRegression
+    from sklearn.linear_model import LogisticRegression, SGDClassifier
+    from sklearn.svm import LinearSVC
 
-    if type(final) is not LinearDiscriminantAnalysis:
+    stand_ins = {LinearDiscriminantAnalysis: LogisticRegression, LinearSVC: SGDClassifier}
+    if type(final) not in stand_ins:
         return final
-    stand_in = LogisticRegression()
-    stand_in.coef_, stand_in.intercept_ = final.coef_, final.intercept_
-    stand_in.classes_, stand_in.n_features_in_ = final.classes_, final.n_features_in_
+    stand_in = stand_ins[type(final)]()
+    for name in ("coef_", "intercept_", "classes_", "n_features_in_"):
+        setattr(stand_in, name, getattr(final, name))
     return stand_in
 
 # %% ../../nbs/model/conversion.ipynb #c5a65200
@@ -217,18 +221,41 @@ def _as_read(part: Any, final: Any, width: Width) -> Any:
     return Pipeline([*before, *casts, ("final", stand_in)])
 
 
-def _onnx(part: Any, inputs: Any, width: Width, options: dict[int, dict[str, bool]] | None) -> Any:
-    """skl2onnx's graph of `part`."""
-    from skl2onnx import convert_sklearn
+# The second is for converters that have not followed ONNX's fourth set of operators for trees.
+OPERATORS: tuple[dict[str, int] | None, ...] = (None, {"": 18, "ai.onnx.ml": 3})
 
-    return convert_sklearn(
-        part,
-        initial_types=_input_types(inputs, width),
-        options=options,
-        custom_conversion_functions=_converters(),
-    )
+
+def _onnx(part: Any, inputs: Any, width: Width) -> Any:
+    """skl2onnx's graph of `part`; the first error of several attempts if there is none."""
+    from skl2onnx import convert_sklearn
+    from skl2onnx.common.exceptions import MissingShapeCalculator
+
+    last, errors = part.steps[-1][1] if hasattr(part, "steps") else part, list[Exception]()
+    # Without `zipmap` probabilities are an array. Some estimators have no such option, and need none.
+    for options, operators in product(({id(last): {"zipmap": False}}, None), OPERATORS):
+        try:
+            return convert_sklearn(
+                part,
+                initial_types=_input_types(inputs, width),
+                options=options,
+                target_opset=operators,
+                custom_conversion_functions=_converters(),
+            )
+        except Exception as error:  # skl2onnx raises whatever a converter meets
+            errors.append(error)
+            if isinstance(error, MissingShapeCalculator):
+                break
+    raise errors[0]
 
 # %% ../../nbs/model/conversion.ipynb #c5a65201
+def _words(error: Exception) -> str:
+    """What stood in the way of a graph, on one line."""
+    unknown = re.search(r"shape calculator for type '<class '([\w.]+)'>", str(error))
+    if unknown:
+        return f"skl2onnx has no converter for {unknown[1].split('.')[-1]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def convert(part: Any, inputs: Any, width: Width) -> bytes:
     """The ONNX graph of a fitted estimator or pipeline that takes such `inputs` (a table or an array).
 
@@ -236,14 +263,10 @@ def convert(part: Any, inputs: Any, width: Width) -> bytes:
     """
     final = part.steps[-1][1] if hasattr(part, "steps") else part
     read = _as_read(part, final, width)
-    last = read.steps[-1][1] if hasattr(read, "steps") else read
     try:
-        try:
-            graph = _onnx(read, inputs, width, {id(last): {"zipmap": False}})
-        except NameError:  # an estimator that has no such option gives an array anyway
-            graph = _onnx(read, inputs, width, None)
-    except Exception as error:  # skl2onnx raises whatever a converter meets
-        raise ModelError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+        graph = _onnx(read, inputs, width)
+    except Exception as error:
+        raise ModelError(_words(error)) from error
     set_thresholds(graph, final, width)
     for output in graph.graph.output:  # operators that give 32 bits are declared to give 64
         output.ClearField("type")

@@ -5,17 +5,21 @@
 # %% ../../nbs/model/graph.ipynb #36b4f028
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ModelError
+from .contract import Column, Contract
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
 # %% auto #0
-__all__ = ['Width', 'MISSING', 'SMALL', 'kind_of', 'kinds_of', 'texts', 'feed_columns', 'feed', 'open_session']
+__all__ = ['Width', 'MISSING', 'SMALL', 'MANY', 'SMALL_GRAPH', 'kind_of', 'kinds_of', 'texts', 'feed_columns', 'feed',
+           'RowFeeder', 'open_session', 'thread_count', 'Sessions']
 
 # %% ../../nbs/model/graph.ipynb #aa9cdde4
 Width = Literal["float32", "float64"]
@@ -93,15 +97,91 @@ def feed(inputs: Any, kinds: Mapping[str, str], width: Width) -> dict[str, Any]:
             pass
     return _by_column(inputs, kinds, width)
 
+# %% ../../nbs/model/graph.ipynb #7a1c0e02
+def _column_maker(column: Column, kind: str, width: Width) -> Callable[[Sequence[Any]], Any]:
+    """How the values of a column become an input, n by 1."""
+    import numpy as np
+
+    if kind == "text":
+        if column.nullable:
+            return lambda values: _objects([MISSING if each is None else each for each in values])
+        return _objects
+    first = "float32" if column.dtype.lower() == "float32" else "float64"
+    if first == width:
+        return lambda values: np.array(values, dtype=width).reshape(-1, 1)
+    return lambda values: np.array(values, dtype=first).astype(width).reshape(-1, 1)
+
+
+def _objects(values: Sequence[Any]) -> Any:
+    """Texts as one column of objects."""
+    import numpy as np
+
+    return np.array(values, dtype=object).reshape(-1, 1)
+
+# %% ../../nbs/model/graph.ipynb #7a1c0e03
+class RowFeeder:
+    """How JSON rows that keep a contract become the inputs of a graph."""
+
+    def __init__(self, contract: Contract, kinds: Mapping[str, str], width: Width) -> None:
+        columns = {column.name: column for column in contract.columns}
+        self._makers = [(name, _column_maker(columns[name], kind, width)) for name, kind in kinds.items()]
+        self._pick = itemgetter(*kinds) if len(kinds) > 1 else _picker(*kinds)
+
+    @staticmethod
+    def can_feed(contract: Contract) -> bool:
+        """Whether rows mean the same to a graph as a table: not where categories are pandas' own."""
+        plain = {"int", "float", "bool", "string"}
+        return all(each.type in plain and each.dtype != "category" for each in contract.columns)
+
+    def feed(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The inputs by name, n by 1 each."""
+        values = zip(*map(self._pick, rows), strict=True)
+        return {name: make(each) for (name, make), each in zip(self._makers, values, strict=True)}
+
+
+def _picker(name: str) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
+    """What picks one value of a row, as a tuple."""
+    return lambda row: (row[name],)
+
 # %% ../../nbs/model/graph.ipynb #8cecc20e
-def open_session(graph: bytes) -> Any:
-    """An ONNX Runtime session of a graph, on one thread. `ModelError` if it cannot be executed."""
+def open_session(graph: bytes, threads: int = 1) -> Any:
+    """An ONNX Runtime session of a graph. `ModelError` if it cannot be executed."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4
     try:
         return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has an exception for each status
         raise ModelError(f"{' '.join(str(error).split())[:300]}") from error
+
+# %% ../../nbs/model/graph.ipynb #7a1c0e05
+MANY = 2000  # rows
+SMALL_GRAPH = 20_000_000  # bytes: a second copy of it in memory does not matter
+
+
+def thread_count() -> int:
+    """How many threads arithmetic may use here: `OMP_NUM_THREADS`, or the number of cores of this process."""
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    return int(told) if told.isdigit() and int(told) else len(os.sched_getaffinity(0))
+
+
+class Sessions:
+    """A session of one thread, and one of several for many rows, which is opened when it is needed."""
+
+    def __init__(self, graph: bytes) -> None:
+        self._graph, self._one = graph, open_session(graph)
+        self._several: Any = None
+        self.outputs = [each.name for each in self._one.get_outputs()]
+
+    def run(self, names: list[str], given: Mapping[str, Any]) -> list[Any]:
+        """The outputs of these names."""
+        rows = len(next(iter(given.values())))
+        if rows < MANY or len(self._graph) > SMALL_GRAPH:
+            return list(self._one.run(names, given))
+        if self._several is None:
+            threads = thread_count()
+            self._several = self._one if threads == 1 else open_session(self._graph, threads)
+        return list(self._several.run(names, given))

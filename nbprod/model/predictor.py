@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ModelError
 from .columns import ColumnReader, Columns, array_dtypes
 from .contract import Contract
-from .graph import Width, feed, feed_columns, open_session
+from .graph import RowFeeder, Sessions, Width, feed
 from .pipeline import Arrays
 
 if TYPE_CHECKING:
@@ -96,28 +96,26 @@ class Predictor:
 
     def __init__(self, graph: bytes, plan: Plan, contract: Contract, before: Any | None = None) -> None:
         self.graph, self.plan, self.contract, self.before = graph, plan, contract, before
-        self.session = open_session(graph)
-        outputs = [each.name for each in self.session.get_outputs()]
-        if len(outputs) < 1 + plan.probabilistic:
+        self._sessions = Sessions(graph)
+        self._names = self._sessions.outputs[: 1 + plan.probabilistic]
+        if len(self._names) < 1 + plan.probabilistic:
             raise ModelError("the graph has no probabilities")
-        self._names = outputs[: 1 + plan.probabilistic]
-        dtypes = array_dtypes(contract) if before is None or plan.arrays else None
+        direct = before is None and RowFeeder.can_feed(contract)
+        self._feeder = RowFeeder(contract, plan.inputs, plan.width) if direct else None
+        dtypes = array_dtypes(contract) if plan.arrays else None
         self._reader = ColumnReader(contract, dtypes) if dtypes else None
         self._functions = functions_of(before) if plan.arrays else None
 
     def run(self, given: Mapping[str, Any]) -> Arrays:
         """The answer to the inputs of the graph."""
-        return read_outputs(self.plan, self.session.run(self._names, given))
+        return read_outputs(self.plan, self._sessions.run(self._names, given))
 
     def inner(self, inputs: Any) -> Arrays:
         """The answer to what the graph takes: a table or an array."""
         return self.run(feed(inputs, self.plan.inputs, self.plan.width))
 
-    def _columns(self, columns: Columns) -> Arrays | None:
-        """The answer to columns; None where they will not do."""
-        if self.before is None:
-            arrays = {name: columns[name] for name in self.plan.inputs}
-            return self.run(feed_columns(arrays, self.plan.inputs, self.plan.width))
+    def _on_arrays(self, columns: Columns) -> Arrays | None:
+        """The answer to columns; None where the functions fail on them."""
         try:
             return self.inner(call(self._functions or [], columns))
         except Exception:  # the table's way raises the pipeline's own error, if it is one
@@ -125,15 +123,16 @@ class Predictor:
 
     def compute(self, frame: pd.DataFrame) -> Arrays:
         """The answer to a table that the contract has checked."""
-        if self._reader and self._functions:
-            answer = self._columns(self._reader.table(frame))
-            if answer is not None:
-                return answer
+        answer = self._on_arrays(self._reader.table(frame)) if self._reader else None
+        if answer is not None:
+            return answer
         return self.inner(frame if self.before is None else self.before.transform(frame))
 
     def compute_rows(self, rows: Sequence[Mapping[str, Any]]) -> Arrays:
         """The answer to JSON rows that the contract accepts; they are not checked again."""
-        answer = self._columns(self._reader.rows(rows)) if self._reader else None
+        if self._feeder:
+            return self.run(self._feeder.feed(rows))
+        answer = self._on_arrays(self._reader.rows(rows)) if self._reader else None
         return self.compute(self.contract.frame(rows)) if answer is None else answer
 
 # %% ../../nbs/model/predictor.ipynb #a7187dac
