@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['TEXTS', 'Columns', 'array_dtype', 'array_dtypes', 'ColumnReader']
+__all__ = ['TEXTS', 'FEW', 'Columns', 'array_dtype', 'array_dtypes', 'turned', 'ColumnReader']
 
 # %% ../../nbs/model/columns.ipynb #c726aed5
 class Columns:
@@ -66,6 +66,16 @@ def array_dtypes(contract: Contract) -> dict[str, str] | None:
     known = {name: dtype for name, dtype in found.items() if dtype is not None}
     return known if len(known) == len(found) else None
 
+# %% ../../nbs/model/columns.ipynb #7a1c0e07
+FEW = 200  # rows
+
+
+def turned(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Iterable[Sequence[Any]]:
+    """The values of the columns `names` in rows, one sequence for each column."""
+    if len(rows) > FEW or len(names) == 1:
+        return ([row[name] for row in rows] for name in names)
+    return zip(*map(itemgetter(*names), rows), strict=True)
+
 # %% ../../nbs/model/columns.ipynb #a800bf11
 class ColumnReader:
     """How rows and tables that keep a contract become `Columns`."""
@@ -82,10 +92,7 @@ class ColumnReader:
         import numpy as np
 
         arrays: dict[str, Any] = {}
-        columns: Iterable[Sequence[Any]] = zip(*map(itemgetter(*self.names), rows), strict=True)
-        if len(self.names) == 1:
-            columns = [[row[self.names[0]] for row in rows]]
-        for (name, dtype, missing), values in zip(self.plan, columns, strict=True):
+        for (name, dtype, missing), values in zip(self.plan, turned(self.names, rows), strict=True):
             if missing is not None:
                 values = [missing if value is None else value for value in values]
             arrays[name] = np.array(values, dtype=dtype)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ModelError
+from .columns import turned
 from .contract import Column, Contract
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class RowFeeder:
     def __init__(self, contract: Contract, kinds: Mapping[str, str], width: Width) -> None:
         columns = {column.name: column for column in contract.columns}
         self._makers = [(name, _column_maker(columns[name], kind, width)) for name, kind in kinds.items()]
-        self._pick = itemgetter(*kinds) if len(kinds) > 1 else _picker(*kinds)
+        self._names = list(kinds)
 
     @staticmethod
     def can_feed(contract: Contract) -> bool:
@@ -135,13 +135,8 @@ class RowFeeder:
 
     def feed(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The inputs by name, n by 1 each."""
-        values = zip(*map(self._pick, rows), strict=True)
-        return {name: make(each) for (name, make), each in zip(self._makers, values, strict=True)}
-
-
-def _picker(name: str) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
-    """What picks one value of a row, as a tuple."""
-    return lambda row: (row[name],)
+        columns = turned(self._names, rows)
+        return {name: make(each) for (name, make), each in zip(self._makers, columns, strict=True)}
 
 # %% ../../nbs/model/graph.ipynb #8cecc20e
 def open_session(graph: bytes, threads: int = 1) -> Any:
