@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -14,7 +14,8 @@ from ..errors import ModelError
 from .graph import Width, feed, kinds_of
 
 # %% auto #0
-__all__ = ['OPERATORS', 'parts', 'plain_attribute', 'split_values', 'set_thresholds', 'equivalent', 'convert']
+__all__ = ['OPERATORS', 'parts', 'packs', 'plain_attribute', 'split_values', 'leaf_values', 'set_thresholds', 'equivalent',
+           'convert']
 
 # %% ../../nbs/model/conversion.ipynb #7dfb6190
 def parts(model: Any) -> Iterator[tuple[Any | None, Any]]:
@@ -30,13 +31,22 @@ def parts(model: Any) -> Iterator[tuple[Any | None, Any]]:
             yield model[:cut], model[cut:] if cut < len(model) - 1 else model[-1]
 
 # %% ../../nbs/model/conversion.ipynb #2e52c8a4
-def _input_types(inputs: Any, width: Width) -> list[tuple[str, Any]]:
+def packs(part: Any, kinds: Mapping[str, str]) -> bool:
+    """Whether a table of such columns is one input: numbers that no step tells apart by name."""
+    from sklearn.compose import ColumnTransformer
+    from sklearn.pipeline import FeatureUnion
+
+    first = part.steps[0][1] if hasattr(part, "steps") else part
+    return set(kinds.values()) == {"number"} and not isinstance(first, ColumnTransformer | FeatureUnion)
+
+
+def _input_types(part: Any, inputs: Any, width: Width) -> list[tuple[str, Any]]:
     """What skl2onnx is told of the inputs: names and types."""
     from skl2onnx.common.data_types import DoubleTensorType, FloatTensorType, StringTensorType
 
     number = DoubleTensorType if width == "float64" else FloatTensorType
-    told = []
-    for name, values in feed(inputs[:1], kinds_of(inputs), width).items():
+    told, kinds = [], kinds_of(inputs)
+    for name, values in feed(inputs[:1], kinds, width, packs(part, kinds)).items():
         tensor = StringTensorType if values.dtype == object else number
         told.append((name, tensor([None, values.shape[1]])))
     return told
@@ -135,22 +145,66 @@ def split_values(model: Any) -> list[list[float]]:
     found = [] if inside is None else np.ravel(np.asarray(inside, dtype=object)).tolist()
     return [values for each in found for values in split_values(each)]
 
+# %% ../../nbs/model/conversion.ipynb #19822c60
+def leaf_values(model: Any) -> list[Any]:
+    """What the leaves of a fitted estimator add to its answer, by tree: nodes by outputs.
 
-def _thresholds(node: Any, final: Any) -> list[float] | None:
-    """The thresholds of `final` in the order of a node of trees; None if it is not built as expected."""
+    In the order of `split_values`, with the weight of a tree among its fellows.
+    """
     import numpy as np
 
-    trees = split_values(final)
+    if hasattr(model, "_predictors"):
+        return [tree.nodes["value"].reshape(-1, 1) for stage in model._predictors for tree in stage]
+    if hasattr(model, "tree_"):
+        values = model.tree_.value[:, 0, :]
+        return [values / values.sum(axis=1, keepdims=True) if hasattr(model, "classes_") else values]
+    inside = getattr(model, "estimators_", None)
+    trees = [] if inside is None else np.ravel(np.asarray(inside, dtype=object)).tolist()
+    weight = getattr(model, "learning_rate", None)
+    values = [each for tree in trees for each in leaf_values(tree)]
+    return [each * weight if weight is not None else each / len(trees) for each in values]
+
+# %% ../../nbs/model/conversion.ipynb #19822c62
+def _aligned(given: Sequence[float], exact: Sequence[float]) -> list[float] | None:
+    """`exact`, if it is what was rounded to `given`."""
+    import numpy as np
+
+    same = np.array_equal(np.asarray(given, dtype=np.float32), np.asarray(exact, dtype=np.float32))
+    return [float(value) for value in exact] if same else None
+
+
+def _at(trees: Sequence[Any], places: Iterable[tuple[int, int, int]]) -> list[float] | None:
+    """The values of `trees` at (tree, node, output); None if there is no such place."""
+    try:
+        return [trees[tree][node][output] for tree, node, output in places]
+    except IndexError:
+        return None
+
+
+def _exact(node: Any, final: Any) -> dict[str, list[float]] | None:
+    """The thresholds and weights of `final` in the order of a node of trees, by attribute.
+
+    None if the thresholds are not where they were expected; weights that are not are left out.
+    """
     has = {attribute.name: list(attribute.ints) or list(attribute.floats) for attribute in node.attribute}
-    found: list[float] = []
-    for tree, place, rounded in zip(
-        has["nodes_treeids"], has["nodes_nodeids"], has["nodes_values"], strict=True
+    splits = [[[value] for value in tree] for tree in split_values(final)]
+    places = zip(has["nodes_treeids"], has["nodes_nodeids"], strict=True)
+    values = _at(splits, ((tree, place, 0) for tree, place in places))
+    thresholds = _aligned(has["nodes_values"], values) if values is not None else None
+    if thresholds is None:
+        return None
+    found, leaves = {"nodes_values": thresholds}, leaf_values(final)
+    kind = "class" if "class_ids" in has else "target"
+    # Of two classes, the graph has the second one's share under the number of the first.
+    width, outputs = leaves[0].shape[1], has[f"{kind}_ids"]
+    columns = [min(1, width - 1)] * len(outputs) if kind == "class" and width <= 2 else outputs
+    ids = zip(has[f"{kind}_treeids"], has[f"{kind}_nodeids"], columns, strict=True)
+    for name, exact in (
+        (f"{kind}_weights", _at(leaves, ids)),
+        ("base_values", getattr(final, "_baseline_prediction", [[]])[0]),
     ):
-        if tree >= len(trees) or place >= len(trees[tree]):
-            return None
-        found.append(trees[tree][place])
-        if np.float32(found[-1]) != np.float32(rounded):
-            return None
+        aligned = _aligned(has.get(name, []), exact) if exact is not None and name in has else None
+        found |= {} if aligned is None else {name: aligned}
     return found
 
 # %% ../../nbs/model/conversion.ipynb #5b30ef2f
@@ -171,18 +225,18 @@ def set_thresholds(graph: Any, final: Any, width: Width) -> bool:
     from onnx import helper
 
     nodes = [node for node in graph.graph.node if node.op_type.startswith("TreeEnsemble")]
-    values = _thresholds(nodes[0], final) if len(nodes) == 1 else None
-    if values is None:
+    exact = _exact(nodes[0], final) if len(nodes) == 1 else None
+    if exact is None:
         return False
     [node] = nodes
     if width == "float32":
-        _replace(node, "nodes_values", helper.make_attribute("nodes_values", _below(values)))
+        below = helper.make_attribute("nodes_values", _below(exact["nodes_values"]))
+        _replace(node, "nodes_values", below)
         return True
-    has = {attribute.name: list(attribute.floats) for attribute in node.attribute}
-    for name in ("class_weights", "target_weights", "base_values"):
-        if name in has:
-            _replace(node, name, _tensor(name, has[name]))
-    _replace(node, "nodes_values", _tensor("nodes_values", values))
+    rounded = {attribute.name: list(attribute.floats) for attribute in node.attribute}
+    for name in ("nodes_values", "class_weights", "target_weights", "base_values"):
+        if name in rounded:
+            _replace(node, name, _tensor(name, exact.get(name, rounded[name])))
     _replace(node, "nodes_hitrates")
     for operators in graph.opset_import:
         if operators.domain == "ai.onnx.ml":
@@ -236,7 +290,7 @@ def _onnx(part: Any, inputs: Any, width: Width) -> Any:
         try:
             return convert_sklearn(
                 part,
-                initial_types=_input_types(inputs, width),
+                initial_types=_input_types(part, inputs, width),
                 options=options,
                 target_opset=operators,
                 custom_conversion_functions=_converters(),

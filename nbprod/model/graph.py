@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['Width', 'MISSING', 'SMALL', 'MANY', 'SMALL_GRAPH', 'kind_of', 'kinds_of', 'texts', 'feed_columns', 'feed',
+__all__ = ['Width', 'MISSING', 'PACKED', 'SMALL', 'MANY', 'SMALL_GRAPH', 'kind_of', 'kinds_of', 'texts', 'feed_columns', 'feed',
            'RowFeeder', 'open_session', 'thread_count', 'Sessions']
 
 # %% ../../nbs/model/graph.ipynb #aa9cdde4
 Width = Literal["float32", "float64"]
 MISSING = "nan"
+PACKED = "inputs"
 
 
 def kind_of(values: pd.Series) -> str:
@@ -84,12 +85,17 @@ def _by_column(frame: pd.DataFrame, kinds: Mapping[str, str], width: Width) -> d
     return feed_columns(arrays, kinds, width)
 
 # %% ../../nbs/model/graph.ipynb #64bd9094
-def feed(inputs: Any, kinds: Mapping[str, str], width: Width) -> dict[str, Any]:
-    """A table with the columns of `kinds`, or an array, as the inputs of a graph, by name."""
+def feed(inputs: Any, kinds: Mapping[str, str], width: Width, packed: bool = False) -> dict[str, Any]:
+    """A table with the columns of `kinds`, or an array, as the inputs of a graph, by name.
+
+    Numbers that are `packed` are one input, as those of an array.
+    """
     import numpy as np
 
     if not kinds:
-        return {"inputs": np.ascontiguousarray(inputs, dtype=width)}
+        return {PACKED: np.ascontiguousarray(inputs, dtype=width)}
+    if packed:
+        return {PACKED: inputs.to_numpy(dtype=width, na_value=np.nan)}
     if len(inputs) <= SMALL:
         try:
             return _whole(inputs, kinds, width)
@@ -122,10 +128,12 @@ def _objects(values: Sequence[Any]) -> Any:
 class RowFeeder:
     """How JSON rows that keep a contract become the inputs of a graph."""
 
-    def __init__(self, contract: Contract, kinds: Mapping[str, str], width: Width) -> None:
+    def __init__(
+        self, contract: Contract, kinds: Mapping[str, str], width: Width, packed: bool = False
+    ) -> None:
         columns = {column.name: column for column in contract.columns}
         self._makers = [(name, _column_maker(columns[name], kind, width)) for name, kind in kinds.items()]
-        self._names = list(kinds)
+        self._names, self._packed = list(kinds), packed
 
     @staticmethod
     def can_feed(contract: Contract) -> bool:
@@ -134,9 +142,12 @@ class RowFeeder:
         return all(each.type in plain and each.dtype != "category" for each in contract.columns)
 
     def feed(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The inputs by name, n by 1 each."""
+        """The inputs by name, n by 1 each or n by all columns."""
+        import numpy as np
+
         columns = turned(self._names, rows)
-        return {name: make(each) for (name, make), each in zip(self._makers, columns, strict=True)}
+        made = {name: make(each) for (name, make), each in zip(self._makers, columns, strict=True)}
+        return {PACKED: np.hstack(list(made.values()))} if self._packed else made
 
 # %% ../../nbs/model/graph.ipynb #8cecc20e
 def open_session(graph: bytes, threads: int = 1) -> Any:

@@ -56,24 +56,33 @@ class Plan:
     """How a graph answers for a pipeline.
 
     `width` is that of its numbers, `inputs` the kind (number or text) of each input by name, none for one
-    array. `steps` of the pipeline run in Python before it, on arrays if `arrays`. `dtype` and `outputs` are
-    those of the pipeline's predictions (outputs 0: one value a row), `probabilistic` tells whether it has
-    probabilities.
+    array; `packed` numbers of a table are one too. `steps` of the pipeline run in Python before it, on arrays
+    if `arrays`. `dtype` and `outputs` are those of the pipeline's predictions (outputs 0: one value a row),
+    `probabilistic` tells whether it has probabilities. With `labels`, the prediction is the label of the
+    largest of them; else the graph's own.
     """
 
     width: Width
     inputs: Mapping[str, str] = field(default_factory=dict)
+    packed: bool = False
     steps: int = 0
     arrays: bool = False
     dtype: str = "float64"
     outputs: int = 0
     probabilistic: bool = False
+    labels: Sequence[Any] | None = None
 
 
-def shape_of(answer: Arrays) -> dict[str, Any]:
-    """The fields of a plan that describe an answer of the pipeline."""
-    predictions = answer.predictions
+def shape_of(answer: Arrays, classes: np.ndarray | None) -> dict[str, Any]:
+    """The fields of a plan that describe an answer of the pipeline, given its `classes`."""
+    import numpy as np
+
+    predictions, probabilities, labels = answer.predictions, answer.probabilities, None
+    if probabilities is not None and classes is not None and np.shape(classes) == probabilities.shape[1:]:
+        first = np.asarray(classes)[probabilities.argmax(axis=1)]
+        labels = np.asarray(classes).tolist() if (first == predictions).all() else None
     return {
+        "labels": labels,
         "dtype": predictions.dtype.str if predictions.dtype.kind != "U" else "object",
         "outputs": predictions.shape[1] if predictions.ndim == 2 else 0,
         "probabilistic": answer.probabilities is not None,
@@ -85,9 +94,11 @@ def read_outputs(plan: Plan, given: Sequence[np.ndarray]) -> Arrays:
     import numpy as np
 
     values, *rest = given
+    probabilities = np.asarray(rest[0], dtype=np.float64) if plan.probabilistic else None
+    if plan.labels is not None and probabilities is not None:
+        values = np.array(plan.labels, dtype=plan.dtype)[probabilities.argmax(axis=1)]
     if not plan.outputs:
         values = values.reshape(-1)
-    probabilities = np.asarray(rest[0], dtype=np.float64) if plan.probabilistic else None
     return Arrays(values.astype(plan.dtype, copy=False), probabilities)
 
 # %% ../../nbs/model/predictor.ipynb #ef311da6
@@ -101,7 +112,7 @@ class Predictor:
         if len(self._names) < 1 + plan.probabilistic:
             raise ModelError("the graph has no probabilities")
         direct = before is None and RowFeeder.can_feed(contract)
-        self._feeder = RowFeeder(contract, plan.inputs, plan.width) if direct else None
+        self._feeder = RowFeeder(contract, plan.inputs, plan.width, plan.packed) if direct else None
         dtypes = array_dtypes(contract) if plan.arrays else None
         self._reader = ColumnReader(contract, dtypes) if dtypes else None
         self._functions = functions_of(before) if plan.arrays else None
@@ -112,7 +123,8 @@ class Predictor:
 
     def inner(self, inputs: Any) -> Arrays:
         """The answer to what the graph takes: a table or an array."""
-        return self.run(feed(inputs, self.plan.inputs, self.plan.width))
+        plan = self.plan
+        return self.run(feed(inputs, plan.inputs, plan.width, plan.packed))
 
     def _on_arrays(self, columns: Columns) -> Arrays | None:
         """The answer to columns; None where the functions fail on them."""
