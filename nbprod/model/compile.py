@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .columns import ColumnReader, array_dtypes
 from .contract import Contract, plain_rows
-from .conversion import convert, packs, parts
+from .conversion import called, convert, packs, parts
 from .graph import Width, kinds_of
 from .pipeline import Arrays, compute
 from .predictor import Plan, Predictor, call, functions_of, shape_of
@@ -197,25 +197,15 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 # %% ../../nbs/model/compile.ipynb #01f81fc0
-def _calls(part: Any) -> str:
-    """The function that the first step of a part calls, by its name; empty if it calls none."""
-    from sklearn.preprocessing import FunctionTransformer
-
-    first = part.steps[0][1] if hasattr(part, "steps") else part
-    if type(first) is not FunctionTransformer or first.func is None:
-        return ""
-    return str(getattr(first.func, "__qualname__", first.func))
-
-
 def _predictors(
     model: Any, contract: Contract, probe: pd.DataFrame, reasons: list[str]
 ) -> Iterator[tuple[Predictor, float, int]]:
     """Predictors whose graph agrees with its part, their differences and the rows asked; the best first."""
     shape = shape_of(compute(model, probe), getattr(model, "classes_", None))
     for before, part in parts(model):
-        called = _calls(part)
-        if called:
-            reasons.append(f"{called} stays Python")
+        unknown = called(part.steps[0][1] if hasattr(part, "steps") else part)
+        if unknown:
+            reasons.append(f"{unknown} stays Python")
             continue
         try:
             table = probe if before is None else before.transform(probe)

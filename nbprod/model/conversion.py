@@ -14,8 +14,8 @@ from ..errors import ModelError
 from .graph import Width, feed, kinds_of
 
 # %% auto #0
-__all__ = ['OPERATORS', 'parts', 'packs', 'plain_attribute', 'split_values', 'leaf_values', 'set_thresholds', 'equivalent',
-           'convert']
+__all__ = ['OPERATORS_OF', 'OPERATORS', 'parts', 'packs', 'plain_attribute', 'called', 'split_values', 'leaf_values',
+           'set_thresholds', 'equivalent', 'convert']
 
 # %% ../../nbs/model/conversion.ipynb #7dfb6190
 def parts(model: Any) -> Iterator[tuple[Any | None, Any]]:
@@ -100,12 +100,55 @@ def _fill(scope: Any, operator: Any, container: Any) -> None:
     container.add_node("IsNaN", joined, missing, op_version=13)
     container.add_node("Where", [missing, filled, joined], operator.outputs[0].full_name, op_version=9)
 
+# %% ../../nbs/model/conversion.ipynb #aedbb721
+OPERATORS_OF = {"log": "Log", "sqrt": "Sqrt", "exp": "Exp", "absolute": "Abs", "sin": "Sin", "log1p": "Log"}
+
+
+def called(transformer: Any) -> str:
+    """The function of a `FunctionTransformer` that has no operator, by its name; empty if there is none."""
+    import numpy as np
+    from sklearn.preprocessing import FunctionTransformer
+
+    if type(transformer) is not FunctionTransformer or transformer.func is None:
+        return ""
+    function = transformer.func
+    name = str(getattr(function, "__name__", function))
+    known = isinstance(function, np.ufunc) and name in OPERATORS_OF and not transformer.kw_args
+    return "" if known else name
+
+
+def _shape_of_call(operator: Any) -> None:
+    """What skl2onnx is told of the output of a function: one array of all columns, in their type."""
+    unknown = called(operator.raw_operator)
+    if unknown:
+        raise ModelError(f"{unknown} stays Python")
+    inputs = operator.inputs
+    operator.outputs[0].type = type(inputs[0].type)([None, sum(each.type.shape[1] for each in inputs)])
+
+
+def _call(scope: Any, operator: Any, container: Any) -> None:
+    """The graph of a function."""
+    import numpy as np
+
+    function, output = operator.raw_operator.func, operator.outputs[0].full_name
+    joined, given = scope.get_unique_variable_name("joined"), [each.full_name for each in operator.inputs]
+    container.add_node("Concat", given, joined if function else output, axis=1, op_version=13)
+    if function is np.log1p:
+        double = type(operator.inputs[0].type).__name__.startswith("Double")
+        one, more = scope.get_unique_variable_name("one"), scope.get_unique_variable_name("more")
+        container.add_initializer(one, 11 if double else 1, [1], [1.0])
+        container.add_node("Add", [joined, one], more, op_version=14)
+        joined = more
+    if function:
+        container.add_node(OPERATORS_OF[function.__name__], joined, output, op_version=13)
+
 # %% ../../nbs/model/conversion.ipynb #aedbb72d
 def _converters() -> dict[type, Callable[..., Any]]:
     """The converters that are used in the place of skl2onnx's own, by the class of the estimator."""
     from skl2onnx.common._registration import get_converter
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
     from sklearn.impute import SimpleImputer
+    from sklearn.preprocessing import FunctionTransformer
 
     def plain(name: str) -> Callable[..., Any]:
         return lambda scope, operator, container: get_converter(name)(
@@ -113,7 +156,10 @@ def _converters() -> dict[type, Callable[..., Any]]:
         )
 
     kinds = (HistGradientBoostingClassifier, HistGradientBoostingRegressor)
-    return {kind: plain(f"Sklearn{kind.__name__}") for kind in kinds} | {SimpleImputer: _fill}
+    return {kind: plain(f"Sklearn{kind.__name__}") for kind in kinds} | {
+        SimpleImputer: _fill,
+        FunctionTransformer: _call,
+    }
 
 # %% ../../nbs/model/conversion.ipynb #581ca9ca
 def _replace(node: Any, name: str, *attributes: Any) -> None:
@@ -283,6 +329,7 @@ def _onnx(part: Any, inputs: Any, width: Width) -> Any:
     """skl2onnx's graph of `part`; the first error of several attempts if there is none."""
     from skl2onnx import convert_sklearn
     from skl2onnx.common.exceptions import MissingShapeCalculator
+    from sklearn.preprocessing import FunctionTransformer
 
     last, errors = part.steps[-1][1] if hasattr(part, "steps") else part, list[Exception]()
     # Without `zipmap` probabilities are an array. Some estimators have no such option, and need none.
@@ -294,10 +341,11 @@ def _onnx(part: Any, inputs: Any, width: Width) -> Any:
                 options=options,
                 target_opset=operators,
                 custom_conversion_functions=_converters(),
+                custom_shape_calculators={FunctionTransformer: _shape_of_call},
             )
         except Exception as error:  # skl2onnx raises whatever a converter meets
             errors.append(error)
-            if isinstance(error, MissingShapeCalculator):
+            if isinstance(error, MissingShapeCalculator | ModelError):
                 break
     raise errors[0]
 
@@ -307,6 +355,8 @@ def _words(error: Exception) -> str:
     unknown = re.search(r"shape calculator for type '<class '([\w.]+)'>", str(error))
     if unknown:
         return f"skl2onnx has no converter for {unknown[1].split('.')[-1]}"
+    if isinstance(error, ModelError):
+        return str(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
