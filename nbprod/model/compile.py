@@ -18,7 +18,8 @@ from .conversion import called, convert, packs, parts
 from .graph import Width, kinds_of
 from .pipeline import Arrays, compute
 from .predictor import Plan, Predictor, call, functions_of, shape_of
-from .probe import edge_rows, probe_rows, thresholds
+from .probe import edge_rows, probe_rows
+from .trees import split_values
 
 if TYPE_CHECKING:
     import numpy as np
@@ -209,7 +210,7 @@ def _predictors(
             continue
         try:
             table = probe if before is None else before.transform(probe)
-            table = _stacked(table, edge_rows(table, thresholds(_last(part))))
+            table = _stacked(table, edge_rows(table, split_values(_last(part))))
             kinds, steps = kinds_of(table), 0 if before is None else len(before)
             plan = Plan("float64", kinds, packed=packs(part, kinds), steps=steps, **shape)
         except Exception as error:  # what a step before gives may be sparse, of text, or nothing to stack

@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from typing import Any
 
 from ..errors import ModelError
 from .graph import Width, feed, kinds_of
+from .trees import tree_converters
 
 # %% auto #0
-__all__ = ['OPERATORS_OF', 'OPERATORS', 'parts', 'packs', 'plain_attribute', 'called', 'split_values', 'leaf_values',
-           'set_thresholds', 'equivalent', 'convert']
+__all__ = ['OPERATORS_OF', 'OPERATORS', 'parts', 'packs', 'plain_attribute', 'called', 'equivalent', 'convert']
 
 # %% ../../nbs/model/conversion.ipynb #7dfb6190
 def parts(model: Any) -> Iterator[tuple[Any | None, Any]]:
@@ -146,7 +146,6 @@ def _call(scope: Any, operator: Any, container: Any) -> None:
 def _converters() -> dict[type, Callable[..., Any]]:
     """The converters that are used in the place of skl2onnx's own, by the class of the estimator."""
     from skl2onnx.common._registration import get_converter
-    from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
     from sklearn.impute import SimpleImputer
     from sklearn.preprocessing import FunctionTransformer
 
@@ -155,139 +154,7 @@ def _converters() -> dict[type, Callable[..., Any]]:
             scope, operator, _PlainContainer(container)
         )
 
-    kinds = (HistGradientBoostingClassifier, HistGradientBoostingRegressor)
-    return {kind: plain(f"Sklearn{kind.__name__}") for kind in kinds} | {
-        SimpleImputer: _fill,
-        FunctionTransformer: _call,
-    }
-
-# %% ../../nbs/model/conversion.ipynb #581ca9ca
-def _replace(node: Any, name: str, *attributes: Any) -> None:
-    """Take the attribute `name` from a node, and give it these."""
-    kept = [attribute for attribute in node.attribute if attribute.name != name]
-    del node.attribute[:]
-    node.attribute.extend([*kept, *attributes])
-
-
-def _tensor(name: str, values: Sequence[float]) -> Any:
-    """The attribute `name` as a tensor of 64-bit floats."""
-    from onnx import helper, numpy_helper
-    import numpy as np
-
-    tensor = numpy_helper.from_array(np.asarray(values, dtype=np.float64), name=f"{name}_as_tensor")
-    return helper.make_attribute(f"{name}_as_tensor", tensor)
-
-# %% ../../nbs/model/conversion.ipynb #19822c6c
-def split_values(model: Any) -> list[list[float]]:
-    """The split thresholds of a fitted estimator by tree and node, in the order of a graph; 0 in a leaf."""
-    import numpy as np
-
-    if hasattr(model, "_predictors"):  # gradient boosting by histograms
-        trees = [tree.nodes for stage in model._predictors for tree in stage]
-        return [np.where(nodes["is_leaf"], 0.0, nodes["num_threshold"]).tolist() for nodes in trees]
-    if hasattr(model, "tree_"):
-        return [np.where(model.tree_.children_left >= 0, model.tree_.threshold, 0.0).tolist()]
-    inside = getattr(model, "estimators_", None)
-    found = [] if inside is None else np.ravel(np.asarray(inside, dtype=object)).tolist()
-    return [values for each in found for values in split_values(each)]
-
-# %% ../../nbs/model/conversion.ipynb #19822c60
-def leaf_values(model: Any) -> list[Any]:
-    """What the leaves of a fitted estimator add to its answer, by tree: nodes by outputs.
-
-    In the order of `split_values`, with the weight of a tree among its fellows.
-    """
-    import numpy as np
-
-    if hasattr(model, "_predictors"):
-        return [tree.nodes["value"].reshape(-1, 1) for stage in model._predictors for tree in stage]
-    if hasattr(model, "tree_"):
-        values = model.tree_.value[:, 0, :]
-        return [values / values.sum(axis=1, keepdims=True) if hasattr(model, "classes_") else values]
-    inside = getattr(model, "estimators_", None)
-    trees = [] if inside is None else np.ravel(np.asarray(inside, dtype=object)).tolist()
-    weight = getattr(model, "learning_rate", None)
-    values = [each for tree in trees for each in leaf_values(tree)]
-    return [each * weight if weight is not None else each / len(trees) for each in values]
-
-# %% ../../nbs/model/conversion.ipynb #19822c62
-def _aligned(given: Sequence[float], exact: Sequence[float]) -> list[float] | None:
-    """`exact`, if it is what was rounded to `given`."""
-    import numpy as np
-
-    same = np.array_equal(np.asarray(given, dtype=np.float32), np.asarray(exact, dtype=np.float32))
-    return [float(value) for value in exact] if same else None
-
-
-def _at(trees: Sequence[Any], places: Iterable[tuple[int, int, int]]) -> list[float] | None:
-    """The values of `trees` at (tree, node, output); None if there is no such place."""
-    try:
-        return [trees[tree][node][output] for tree, node, output in places]
-    except IndexError:
-        return None
-
-
-def _exact(node: Any, final: Any) -> dict[str, list[float]] | None:
-    """The thresholds and weights of `final` in the order of a node of trees, by attribute.
-
-    None if the thresholds are not where they were expected; weights that are not are left out.
-    """
-    has = {attribute.name: list(attribute.ints) or list(attribute.floats) for attribute in node.attribute}
-    splits = [[[value] for value in tree] for tree in split_values(final)]
-    places = zip(has["nodes_treeids"], has["nodes_nodeids"], strict=True)
-    values = _at(splits, ((tree, place, 0) for tree, place in places))
-    thresholds = _aligned(has["nodes_values"], values) if values is not None else None
-    if thresholds is None:
-        return None
-    found, leaves = {"nodes_values": thresholds}, leaf_values(final)
-    kind = "class" if "class_ids" in has else "target"
-    # Of two classes, the graph has the second one's share under the number of the first.
-    width, outputs = leaves[0].shape[1], has[f"{kind}_ids"]
-    columns = [min(1, width - 1)] * len(outputs) if kind == "class" and width <= 2 else outputs
-    ids = zip(has[f"{kind}_treeids"], has[f"{kind}_nodeids"], columns, strict=True)
-    for name, exact in (
-        (f"{kind}_weights", _at(leaves, ids)),
-        ("base_values", getattr(final, "_baseline_prediction", [[]])[0]),
-    ):
-        aligned = _aligned(has.get(name, []), exact) if exact is not None and name in has else None
-        found |= {} if aligned is None else {name: aligned}
-    return found
-
-# %% ../../nbs/model/conversion.ipynb #5b30ef2f
-def _below(values: Sequence[float]) -> list[float]:
-    """The largest 32-bit floats that are at most these."""
-    import numpy as np
-
-    single = np.asarray(values, dtype=np.float64).astype(np.float32)
-    above = single.astype(np.float64) > np.asarray(values)
-    return np.where(above, np.nextafter(single, np.float32(-np.inf)), single).astype(float).tolist()
-
-
-def set_thresholds(graph: Any, final: Any, width: Width) -> bool:
-    """Give the trees of `graph` the thresholds that the fitted estimator `final` compares with.
-
-    Whether that could be done: false where there are no trees, and where the graph is not built as expected.
-    """
-    from onnx import helper
-
-    nodes = [node for node in graph.graph.node if node.op_type.startswith("TreeEnsemble")]
-    exact = _exact(nodes[0], final) if len(nodes) == 1 else None
-    if exact is None:
-        return False
-    [node] = nodes
-    if width == "float32":
-        below = helper.make_attribute("nodes_values", _below(exact["nodes_values"]))
-        _replace(node, "nodes_values", below)
-        return True
-    rounded = {attribute.name: list(attribute.floats) for attribute in node.attribute}
-    for name in ("nodes_values", "class_weights", "target_weights", "base_values"):
-        if name in rounded:
-            _replace(node, name, _tensor(name, exact.get(name, rounded[name])))
-    _replace(node, "nodes_hitrates")
-    for operators in graph.opset_import:
-        if operators.domain == "ai.onnx.ml":
-            operators.version = max(operators.version, 3)
-    return True
+    return tree_converters(plain) | {SimpleImputer: _fill, FunctionTransformer: _call}
 
 # %% ../../nbs/model/conversion.ipynb #c5a65203
 def equivalent(final: Any) -> Any:
@@ -305,22 +172,6 @@ def equivalent(final: Any) -> Any:
     return stand_in
 
 # %% ../../nbs/model/conversion.ipynb #c5a65200
-def _as_read(part: Any, final: Any, width: Width) -> Any:
-    """`part`, with a step that makes 32-bit floats of what trees read as such after steps in 64 bits."""
-    import numpy as np
-    from skl2onnx.sklapi import CastTransformer
-    from sklearn.pipeline import Pipeline
-
-    stand_in = equivalent(final)
-    casts: list[tuple[str, Any]] = []
-    if width == "float64" and not hasattr(final, "_predictors") and split_values(final):
-        casts = [("single", CastTransformer(dtype=np.float32)), ("double", CastTransformer(dtype=np.float64))]
-    if stand_in is final and not casts:
-        return part
-    before = part.steps[:-1] if isinstance(part, Pipeline) else []
-    return Pipeline([*before, *casts, ("final", stand_in)])
-
-
 # The second is for converters that have not followed ONNX's fourth set of operators for trees.
 OPERATORS: tuple[dict[str, int] | None, ...] = (None, {"": 18, "ai.onnx.ml": 3})
 
@@ -365,13 +216,16 @@ def convert(part: Any, inputs: Any, width: Width) -> bytes:
 
     `ModelError` says why there is none.
     """
+    from sklearn.pipeline import Pipeline
+
     final = part.steps[-1][1] if hasattr(part, "steps") else part
-    read = _as_read(part, final, width)
+    stand_in, before = equivalent(final), part.steps[:-1] if hasattr(part, "steps") else []
+    if stand_in is not final:
+        part = Pipeline([*before, ("final", stand_in)])
     try:
-        graph = _onnx(read, inputs, width)
+        graph = _onnx(part, inputs, width)
     except Exception as error:
         raise ModelError(_words(error)) from error
-    set_thresholds(graph, final, width)
     for output in graph.graph.output:  # operators that give 32 bits are declared to give 64
         output.ClearField("type")
     content: bytes = graph.SerializeToString()

@@ -5,19 +5,17 @@
 # %% ../../nbs/model/probe.ipynb #df0fc0b0
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .contract import Column, Contract
-from .conversion import split_values
 from .graph import kind_of
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
 # %% auto #0
-__all__ = ['ODD_TEXTS', 'TYPICAL', 'BASES', 'EDGES', 'odd_values', 'probe_rows', 'thresholds', 'neighbours', 'edge_rows']
+__all__ = ['ODD_TEXTS', 'TYPICAL', 'BASES', 'EDGES', 'odd_values', 'probe_rows', 'neighbours', 'edge_rows']
 
 # %% ../../nbs/model/probe.ipynb #883e2dd0
 # Nothing, what stands for nothing elsewhere, and what tokenizers and encoders may read differently.
@@ -68,11 +66,6 @@ def probe_rows(contract: Contract, inputs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([typical, *(rows for rows in odd if rows is not None), nulls], ignore_index=True)
 
 # %% ../../nbs/model/probe.ipynb #eff0d2f9
-def thresholds(model: Any) -> list[float]:
-    """Every split threshold of the trees in a fitted estimator; none where there are no trees."""
-    return sorted({value for tree in split_values(model) for value in tree if math.isfinite(value)})
-
-
 def neighbours(value: float) -> list[float]:
     """A number, and the nearest ones below and above it among 64-bit and 32-bit floats."""
     import numpy as np
@@ -86,7 +79,7 @@ def neighbours(value: float) -> list[float]:
 EDGES = 60  # thresholds tried in each column
 
 
-def edge_rows(inputs: Any, splits: Sequence[float]) -> Any:
+def edge_rows(inputs: Any, splits: np.ndarray) -> Any:
     """Rows like the first of `inputs`, with numbers next to thresholds that lie in their column's range.
 
     A table or an array as `inputs` is, also in its types.
@@ -100,8 +93,8 @@ def edge_rows(inputs: Any, splits: Sequence[float]) -> Any:
         if kind_of(table[name]) != "number" or table[name].dtype.kind not in "fiu":
             continue
         low, high = table[name].min(), table[name].max()
-        inside = [value for value in splits if low <= value <= high]
-        chosen = inside[:: max(1, len(inside) // EDGES)]
+        inside = splits[(splits >= low) & (splits <= high)]
+        chosen = inside[:: max(1, len(inside) // EDGES)].tolist()
         values = [near for value in chosen for near in neighbours(value)]
         rows = table.iloc[np.arange(len(values)) % min(len(table), BASES)].copy()
         rows[name] = np.asarray(values).astype(table[name].dtype)
