@@ -91,7 +91,7 @@ def compiled_text(verdict: Mapping[str, Any]) -> str:
     if kind != "no" and verdict.get("difference") is not None:
         worst = f"{verdict['difference']:.2g}" if verdict["difference"] else "none"
         words.append(f"worst difference {worst}, accepted up to {verdict.get('tolerance', 0):.2g}")
-    reason = f" Not more, because {verdict['reason']}" if kind == "part" else f" {verdict.get('reason')}"
+    reason = f" Not wholly: {verdict.get('reason')}" if kind == "part" else f" {verdict.get('reason')}"
     return "; ".join(words) + (f".{reason}" if kind != "whole" and verdict.get("reason") else "")
 
 # %% ../../nbs/model/card.ipynb #af9d8240
