@@ -13,11 +13,12 @@ from typing import Any
 import math
 
 from ..errors import ModelError
+from ..model.card import format_text
 from ..model.pipeline import Answer, answer
 from ..model.store import EXACT, Model
 
 # %% auto #0
-__all__ = ['GATES', 'Gate', 'clean_run', 'same', 'golden_answers', 'pass_gates']
+__all__ = ['GATES', 'Gate', 'clean_run', 'same', 'golden_answers', 'file_format', 'pass_gates']
 
 # %% ../../nbs/release/gates.ipynb #243a500a
 @dataclass(frozen=True)
@@ -99,8 +100,13 @@ def golden_answers(model: Model) -> Gate:
         return Gate("golden_answers", False, text)
     return Gate("golden_answers", True, f"{count} golden examples answered as in training.")
 
+# %% ../../nbs/release/gates.ipynb #e769cdb3
+def file_format(model: Model) -> Gate:
+    """How the pipeline is kept; a pickle passes too."""
+    return Gate("file_format", True, f"Kept as {format_text(model.facts).removesuffix('.')}.")
+
 # %% ../../nbs/release/gates.ipynb #4e470c72
-GATES: tuple[Callable[[Model], Gate], ...] = (clean_run, golden_answers)
+GATES: tuple[Callable[[Model], Gate], ...] = (clean_run, golden_answers, file_format)
 
 
 def pass_gates(model: Model) -> list[Gate]:

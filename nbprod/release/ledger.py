@@ -12,6 +12,7 @@ from datetime import datetime, UTC
 
 from ..errors import NotFoundError, ReleaseError, UsageError, did_you_mean
 from ..model.artifact import recover
+from ..model.card import on_aliases
 from ..model.store import Model, load, make_importable
 from .gates import Gate, pass_gates
 from .journal import Release, releases, write_entry
@@ -35,6 +36,9 @@ def _stack(entries: Sequence[Release], alias: str) -> list[str]:
 def aliases(name: str, settings: Settings | None = None) -> dict[str, str]:
     """The aliases of the model `name` and the tag that each stands for now."""
     return {entry.alias: entry.model for entry in releases(name, settings)}
+
+
+on_aliases(aliases)  # so that the card of a model can show them
 
 # %% ../../nbs/release/ledger.ipynb #88994b58
 def resolve(model: str, settings: Settings | None = None) -> Model:
