@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from nbprod.experiment.sweeps import sweep as sweep
     from nbprod.model.artifact import log_model as log_model
     from nbprod.model.reproduce import reproduce as reproduce
-    from nbprod.model.store import models as models
     from nbprod.monitor.report import report as report
     from nbprod.project import new as new
+    from nbprod.release.catalog import models as models
+    from nbprod.release.exchange import pull as pull, push as push
     from nbprod.release.ledger import (
         load_model as load_model,
         promote as promote,
@@ -48,7 +49,9 @@ NAMES: dict[str, str] = {
     "log_metrics": "nbprod.experiment.recording",
     "log_model": "nbprod.model.artifact",
     "reproduce": "nbprod.model.reproduce",
-    "models": "nbprod.model.store",
+    "models": "nbprod.release.catalog",
+    "push": "nbprod.release.exchange",
+    "pull": "nbprod.release.exchange",
     "load_model": "nbprod.release.ledger",
     "promote": "nbprod.release.ledger",
     "rollback": "nbprod.release.ledger",

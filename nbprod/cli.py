@@ -14,15 +14,15 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['Argument', 'Command', 'VERBS', 'MODEL', 'ALLOW_PICKLE', 'NAME', 'NOTEBOOK', 'RUN', 'ALIAS', 'WHY', 'PORT', 'JSON',
-           'PARAMETER', 'FILE', 'OPTION', 'RUN_COLUMNS', 'COLORS', 'text', 'print_table', 'print_cells', 'print_json',
-           'shown', 'split_assignments', 'split_values', 'takes', 'verb', 'new_command', 'demo_command', 'lab_command',
-           'given_texts', 'typed_values', 'option_help', 'add_options', 'params_command', 'print_run', 'run_command',
-           'varied', 'print_runs', 'nested_text', 'print_columns', 'read_tried_file', 'tried_text', 'join_rows',
-           'tried_values', 'sweep_command', 'reproduce_command', 'split_names', 'whole_number', 'print_lineage',
-           'runs_command', 'share_waiting', 'list_runs', 'show_command', 'compare_command', 'index_command',
-           'models_command', 'print_releases', 'promote_command', 'rollback_command', 'releases_command',
-           'build_command', 'serve_command', 'containerize_command', 'monitor_command', 'make_parser', 'join_sort',
-           'main']
+           'PARAMETER', 'FILE', 'OPTION', 'RUN_COLUMNS', 'COLORS', 'MODEL_COLUMNS', 'text', 'print_table',
+           'print_cells', 'print_json', 'shown', 'split_assignments', 'split_values', 'takes', 'verb', 'new_command',
+           'demo_command', 'lab_command', 'given_texts', 'typed_values', 'option_help', 'add_options', 'params_command',
+           'print_run', 'run_command', 'varied', 'print_runs', 'nested_text', 'print_columns', 'read_tried_file',
+           'tried_text', 'join_rows', 'tried_values', 'sweep_command', 'reproduce_command', 'split_names',
+           'whole_number', 'print_lineage', 'runs_command', 'share_waiting', 'list_runs', 'show_command',
+           'compare_command', 'index_command', 'note_pickles', 'models_command', 'show_model', 'push_command',
+           'pull_command', 'print_releases', 'promote_command', 'rollback_command', 'releases_command', 'build_command',
+           'serve_command', 'containerize_command', 'monitor_command', 'make_parser', 'join_sort', 'main']
 
 # %% ../nbs/cli.ipynb #df3968bb
 def text(value: Any) -> str:
@@ -555,11 +555,14 @@ def list_runs(arguments: argparse.Namespace) -> None:
         print_columns(columns)
 
 
-@verb(RUN, JSON)
+@verb(takes("run", help="id of the run, or its beginning; or a model: name:version, name@alias"), JSON)
 def show_command(arguments: argparse.Namespace) -> None:
-    """One run."""
+    """One run, or one model."""
     from nbprod.experiment.runs import load_run
 
+    if ":" in arguments.run or "@" in arguments.run:
+        show_model(arguments.run, arguments.json)
+        return
     run = load_run(arguments.run)
     print_run(run, arguments.json)
     if not arguments.json:
@@ -596,24 +599,85 @@ def index_command(arguments: argparse.Namespace) -> None:
     print_json({"runs": count}) if arguments.json else print(f"{count} runs in the index")
 
 # %% ../nbs/cli.ipynb #f3003f2a
+MODEL_COLUMNS = ("tag", "created", "run", "aliases", "format", "compiled", "holdout")
+
+
+def note_pickles(tags: Collection[str]) -> None:
+    """Say on standard error which of the models are pickles, if any are."""
+    if tags:
+        from nbprod.model.card import RISK
+
+        print(f"nbprod: kept as a pickle: {', '.join(tags)}. {RISK}", file=sys.stderr)
+
+
 @verb(takes("name", nargs="?", help="name of a model (default: all)"), JSON)
 def models_command(arguments: argparse.Namespace) -> None:
     """The models in the store."""
-    from nbprod.model.artifact import recover
-    from nbprod.model.store import models
-    from nbprod.release.ledger import aliases
+    from datetime import datetime
+
+    from nbprod.experiment.run_table import short_text
+    from nbprod.model.card import PICKLE, headline
+    from nbprod.release.catalog import models, rows_of
     from nbprod.settings import load_settings
 
-    settings = load_settings(required=False)
-    recover(settings)
-    rows, found = [], models(arguments.name)
-    moved = {name: aliases(name, settings) for name in {model.name for model in found}}
-    for model in found:
-        standing = [alias for alias, tag in moved[model.name].items() if tag == model.tag]
-        rows.append(model.as_dict() | {"aliases": standing, "metrics": model.facts.get("metrics", {})})
-    print_json(rows) if arguments.json else print_table(rows, ["tag", "created", "aliases", "run", "metrics"])
+    rows = rows_of(models(arguments.name), load_settings(required=False))
+    if arguments.json:
+        print_json(rows)
+        return
+    elsewhere = [] if all(row["here"] for row in rows) else ["files"]
+    note_pickles([row["tag"] for row in rows if row["format"] == PICKLE])
+    for row in rows:
+        row["created"] = short_text(datetime.fromisoformat(row["created"]))
+        row |= {"holdout": headline(row), "files": "here" if row["here"] else "in the shared store"}
+    print_table(rows, [*MODEL_COLUMNS, *elsewhere])
+
+
+def show_model(name: str, as_json: bool) -> None:
+    """Print what is known of a model."""
+    from nbprod.model.card import aliases_of, card_text
+    from nbprod.release.ledger import resolve
+
+    model = resolve(name)
+    if as_json:
+        print_json(model.as_dict() | {"aliases": aliases_of(model)} | model.facts)
+    else:
+        print(card_text(model))
 
 # %% ../nbs/cli.ipynb #da294f6e
+@verb(
+    MODEL,
+    takes("--to", metavar="STORE", help="a folder or any fsspec URL (default: the project's store)"),
+    takes("--force", action="store_true", help="send all again, over what is damaged there"),
+    JSON,
+)
+def push_command(arguments: argparse.Namespace) -> None:
+    """Share a model with the team: its version and the notebook that made it."""
+    from nbprod.model.card import PICKLE
+    from nbprod.release.exchange import push
+    from nbprod.release.ledger import resolve
+
+    model = resolve(arguments.model)
+    done = push(model, arguments.to, force=arguments.force)
+    note_pickles([model.tag] if model.facts.get("format") == PICKLE else [])
+    print_json(done.as_dict()) if arguments.json else print(f"{done}\nin {done.store}")
+
+
+@verb(MODEL, takes("--from", dest="source", metavar="STORE", help="default: the project's store"), JSON)
+def pull_command(arguments: argparse.Namespace) -> None:
+    """Bring a model of the team here; every file is checked."""
+    from nbprod.model.card import PICKLE
+    from nbprod.model.store import load
+    from nbprod.release.exchange import fetch
+
+    done = fetch(arguments.model, arguments.source)
+    model = load(done.model)
+    note_pickles([model.tag] if model.facts.get("format") == PICKLE else [])
+    if arguments.json:
+        print_json(done.as_dict())
+    else:
+        print(f"{done}\nfrom {done.store}; nbprod show {done.model}")
+
+# %% ../nbs/cli.ipynb #9f48aa92
 def print_releases(entries: Sequence[Any], as_json: bool) -> None:
     """Print entries of a ledger, a line each."""
     rows = [entry.as_dict() for entry in entries]
@@ -621,6 +685,8 @@ def print_releases(entries: Sequence[Any], as_json: bool) -> None:
         print_json(rows)
     else:
         print_table(rows, ["time", "action", "alias", "model", "previous", "who", "why"])
+        told = [(row["model"], gate["text"]) for row in rows for gate in row["gates"]]
+        note_pickles(sorted({tag for tag, found in told if found.startswith("Kept as pickle")}))
 
 
 @verb(MODEL, ALIAS, WHY, ALLOW_PICKLE, JSON)

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -21,8 +23,9 @@ from urllib.parse import urlsplit, urlunsplit
 from .errors import SettingsError, StoreError
 
 # %% auto #0
-__all__ = ['EXTRAS', 'MARKS', 'OBJECTS', 'public_url', 'reaching', 'open_filesystem', 'signature', 'Remote', 'put_folder',
-           'list_files', 'marked', 'read_files', 'get_folder', 'create_file']
+__all__ = ['EXTRAS', 'FULL', 'MARKS', 'PATIENCE', 'Hear', 'OBJECTS', 'public_url', 'reaching', 'open_filesystem', 'signature',
+           'is_ours_alone', 'Remote', 'check_answers', 'unheard', 'put_files', 'put_folder', 'list_files', 'list_sizes',
+           'marked', 'remove_unfinished', 'read_files', 'get_files', 'get_folder', 'create_file']
 
 # %% ../nbs/remote.ipynb #6ae47da4
 def public_url(url: str) -> str:
@@ -32,14 +35,19 @@ def public_url(url: str) -> str:
 
 # %% ../nbs/remote.ipynb #51106ea3
 EXTRAS = {"s3": "s3", "s3a": "s3"}  # the extra of nbprod that brings what reaches these protocols
+FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def _reason(error: Exception, url: str) -> str:
     """What `error` means for the store, and what to do."""
     kind = type(error).__name__
+    if isinstance(error, OSError) and error.errno in FULL:
+        return "has no space left. Make some, and repeat the command."
     words = " ".join(str(error).split()).rstrip(".")[:200] if public_url(url) == url else kind
     if isinstance(error, FileNotFoundError) and error.filename is None:
         return f"does not exist ({words}). Make it, or correct the setting `store`."
+    if isinstance(error, PermissionError) and url.startswith(("/", "file:", "local:")):
+        return f"refuses access ({words}). Ask its owner for the right to read and write there."
     if isinstance(error, PermissionError) or "Credentials" in kind or "Token" in kind:
         hint = "Credentials come from the environment, as fsspec takes them; for S3 from AWS_ACCESS_KEY_ID "
         return f"refuses access ({words or kind}). {hint}and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
@@ -86,7 +94,7 @@ def signature(facts: Mapping[str, Any]) -> str:
     return f"{str(mark).strip(chr(34))}-{facts.get('size')}"
 
 # %% ../nbs/remote.ipynb #7e30a002
-def _is_ours_alone(name: str) -> bool:
+def is_ours_alone(name: str) -> bool:
     """Whether a file is a mark of this machine, or one that is still being written."""
     last = name.rpartition("/")[2]
     return last.startswith(".") or last.endswith(".tmp")
@@ -116,22 +124,91 @@ class Remote:
         """The path on the file system of what is called `name` in the folder."""
         return f"{self.opened[1]}/{name}"
 
+# %% ../nbs/remote.ipynb #47c8f694
+PATIENCE = 10.0  # seconds
+
+
+def check_answers(remote: Remote, name: str, seconds: float | None = None) -> None:
+    """Ask the store whether it has `name`. Raises `StoreError` if it cannot be reached, or in time."""
+    filesystem, answers = remote.opened[0], list[Exception | None]()
+
+    def ask() -> None:
+        try:
+            filesystem.exists(remote.path(name))
+            answers.append(None)
+        except Exception as error:  # the drivers' errors have no common root
+            answers.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    patience = PATIENCE if seconds is None else seconds
+    asking.start()
+    asking.join(patience)
+    if not answers:
+        message = f"has not answered for {patience:g} seconds. Check network and endpoint, and repeat"
+        raise StoreError(f"The store {remote} {message} the command.")
+    if answers[0] is not None:
+        with reaching(remote.url):
+            raise answers[0]
+
+# %% ../nbs/remote.ipynb #bbd7c395
+Hear = Callable[[int], object]  # is told the number of bytes that were transferred since it was told last
+
+
+def unheard(_count: int) -> None:
+    """Nobody waits."""
+
+
+def _callback(hear: Hear) -> Any:
+    """fsspec's callback for the transfer of several files, which tells `hear` of all their bytes."""
+    from fsspec.callbacks import Callback
+
+    class OneFile(Callback):
+        def __init__(self, paths: tuple[str, str]) -> None:
+            super().__init__()
+            self.paths, self.told = paths, 0
+
+        def relative_update(self, inc: int = 1) -> None:
+            self.told += inc
+            hear(inc)
+
+        def close(self) -> None:
+            sizes = [path.stat().st_size for path in map(Path, self.paths) if path.is_file()]
+            hear(max(sizes, default=self.told) - self.told)
+
+    class AllFiles(Callback):
+        def branched(self, path_1: str, path_2: str, **_options: Any) -> Callback:
+            return OneFile((path_1, path_2))
+
+    return AllFiles()
+
 # %% ../nbs/remote.ipynb #45becade
 OBJECTS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"}
 
 
-def _put_files(remote: Remote, files: Mapping[str, Path]) -> None:
+def _put_files(remote: Remote, files: Mapping[str, Path], hear: Hear = unheard) -> None:
     """Upload files to paths of the file system, each whole or not at all."""
-    filesystem, _ = remote.opened
+    filesystem, callback = remote.opened[0], _callback(hear)
     if remote.protocols & OBJECTS:
         if files:
-            filesystem.put([str(path) for path in files.values()], list(files))
+            filesystem.put([str(path) for path in files.values()], list(files), callback=callback)
         return
     for target, path in files.items():
         filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
         temporary = f"{target}.{secrets.token_hex(4)}.tmp"
-        filesystem.put_file(str(path), temporary)
-        filesystem.mv(temporary, target)
+        try:
+            with callback.branched(str(path), temporary) as child:
+                filesystem.put_file(str(path), temporary, callback=child)
+            filesystem.mv(temporary, target)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                filesystem.rm_file(temporary)
+            raise
+
+
+def put_files(remote: Remote, files: Mapping[str, Path], hear: Hear = unheard) -> None:
+    """Upload local files, by their names in the store, each whole or not at all. Raises `StoreError`."""
+    with reaching(remote.url):
+        _put_files(remote, {remote.path(name): path for name, path in files.items()}, hear)
 
 
 def put_folder(remote: Remote, folder: Path, name: str, last: str) -> None:
@@ -139,7 +216,7 @@ def put_folder(remote: Remote, folder: Path, name: str, last: str) -> None:
 
     Files whose names begin with a dot or end with .tmp are left out. Raises `StoreError`.
     """
-    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_ours_alone(path.name)]
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and not is_ours_alone(path.name)]
     with reaching(remote.url):
         targets = {remote.path(f"{name}/{path.relative_to(folder).as_posix()}"): path for path in found}
         end = remote.path(f"{name}/{last}")
@@ -162,10 +239,23 @@ def list_files(remote: Remote, folder: str) -> list[str]:
     return sorted(_found(remote, folder))
 
 
+def list_sizes(remote: Remote, folder: str) -> dict[str, int]:
+    """The size in bytes of each file below `folder`, by its name relative to it. Raises `StoreError`."""
+    return {name: int(facts["size"]) for name, facts in sorted(_found(remote, folder).items())}
+
+
 def marked(remote: Remote, folder: str, file: str) -> dict[str, str]:
     """The signature of the file of that name in each folder in `folder`, by the inner folder's name."""
     parts = ((name.partition("/"), facts) for name, facts in _found(remote, folder).items())
     return {inner: signature(facts) for (inner, _, rest), facts in parts if rest == file}
+
+# %% ../nbs/remote.ipynb #b74aeec4
+def remove_unfinished(remote: Remote, folder: str) -> None:
+    """Remove what killed uploads left below `folder`. Raises `StoreError`."""
+    left = [name for name in list_files(remote, folder) if name.endswith(".tmp")]
+    for name in left:
+        with reaching(remote.url), contextlib.suppress(FileNotFoundError):
+            remote.opened[0].rm_file(remote.path(f"{folder}/{name}"))
 
 # %% ../nbs/remote.ipynb #1b3d830c
 def read_files(remote: Remote, names: Iterable[str]) -> dict[str, bytes]:
@@ -182,21 +272,35 @@ def read_files(remote: Remote, names: Iterable[str]) -> dict[str, bytes]:
     pairs = ((paths[path.lstrip("/")], content) for path, content in found.items())
     return {name: content for name, content in pairs if isinstance(content, bytes)}
 
+# %% ../nbs/remote.ipynb #8c046ba4
+def get_files(remote: Remote, files: Mapping[str, Path], hear: Hear = unheard) -> None:
+    """Download files, by their names in the store, to local paths; the folders must exist. `StoreError`."""
+    if not files:
+        return
+    with reaching(remote.url):
+        sources, targets = [remote.path(name) for name in files], [str(path) for path in files.values()]
+        try:
+            remote.opened[0].get(sources, targets, callback=_callback(hear))
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            folder = Path(targets[0]).parent
+            raise StoreError(
+                f"There is no space left on the disk for {folder}. Make some, and repeat."
+            ) from error
+
 # %% ../nbs/remote.ipynb #0a4d9cd5
 def get_folder(remote: Remote, name: str, target: Path) -> None:
     """Download the folder `name` as the local folder `target`, whole or not at all. Raises `StoreError`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".fetched-", dir=target.parent))
     try:
-        files = {inner: scratch / inner for inner in list_files(remote, name) if not _is_ours_alone(inner)}
+        files = {inner: scratch / inner for inner in list_files(remote, name) if not is_ours_alone(inner)}
         for inner, path in files.items():
             if not path.resolve().is_relative_to(scratch.resolve()):
                 raise StoreError(f"The store {remote} has a file with a forbidden name: {name}/{inner}.")
             path.parent.mkdir(parents=True, exist_ok=True)
-        if files:
-            with reaching(remote.url):
-                sources = [remote.path(f"{name}/{inner}") for inner in files]
-                remote.opened[0].get(sources, [str(path) for path in files.values()])
+        get_files(remote, {f"{name}/{inner}": path for inner, path in files.items()})
         scratch.chmod(0o755)
         with contextlib.suppress(OSError):  # another process was faster
             scratch.rename(target)

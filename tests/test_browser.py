@@ -292,6 +292,39 @@ def test_a_live_service_is_watched_in_jupyterlab(service, traffic, lab, browser)
     page.wait_for_selector(".jp-OutputArea-output img", timeout=60_000)
 
 
+@pytest.mark.usefixtures("service")
+def test_a_model_is_a_card_in_jupyterlab(lab, browser):
+    path = write_notebook(
+        lab.folder, "import nbprod\n\nnbprod.load_model('arrival_delay:latest')", "nbprod.models()"
+    )
+    page = browser.page
+    page.goto(f"{lab.url}/lab/tree/{path.name}")
+    page.wait_for_function(IDLE, timeout=60_000)
+    browser.run_cell(0)
+    page.wait_for_selector(".nbprod-card", timeout=30_000)
+    browser.run_cell(1)
+    page.wait_for_selector("table.nbprod-runs", timeout=30_000)
+    assert "arrival_delay:live-" in page.locator("table.nbprod-runs").inner_text()
+
+    # What is folded opens with a click, and with the keyboard.
+    columns = page.locator(".nbprod-card details").first
+    assert not columns.locator("table").is_visible()
+    columns.locator("summary").click()
+    assert "wind_speed" in columns.locator("table").inner_text()
+    columns.locator("summary").press("Enter")
+    assert not columns.locator("table").is_visible()
+    label = page.locator(".nbprod-card[role=group]").get_attribute("aria-label")
+    assert label.startswith("Model arrival_delay:live-")
+
+    # It wears the theme's colours.
+    SCREENSHOTS.mkdir(exist_ok=True)
+    for theme, color in {"Dark": "rgb(33, 33, 33)", "Light": "rgb(255, 255, 255)"}.items():
+        browser.command("apputils:change-theme", theme=f"JupyterLab {theme}")
+        shown = "getComputedStyle(document.querySelector('.nbprod-card')).backgroundColor"
+        page.wait_for_function(f"{shown} === '{color}'")
+        page.locator(".nbprod-card").screenshot(path=SCREENSHOTS / f"card-{theme.lower()}.png")
+
+
 def check_picture(png: bytes, width: int) -> None:
     """It is a PNG in twice the resolution, and something is drawn on it."""
     from PIL import Image

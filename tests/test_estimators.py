@@ -46,7 +46,7 @@ for tag in json.load(sys.stdin):
     model = nbprod.load_model(tag)
     frame = model.contract.check_frame(inputs)
     computed = model.compute(frame)
-    answer = {"pipeline": model.predict(frame).tolist(), "computed": computed.predictions.tolist()}
+    answer = {"pipeline": model.pipeline.predict(frame).tolist(), "computed": computed.predictions.tolist()}
     if computed.probabilities is not None:
         answer["probabilities"] = computed.probabilities.tolist()
     print(json.dumps([tag, answer]))

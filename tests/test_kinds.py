@@ -132,6 +132,11 @@ def answer_and_feedback(model: Model) -> dict[str, Any]:
     return given
 
 
+def near(given: Any, expected: np.ndarray, tolerance: float) -> bool:
+    """Whether two answers are the same but for rounding."""
+    return expected.dtype.kind == "f" and np.allclose(given, expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize("name", ANY)
 def test_any_kind_is_logged_loaded_served_and_monitored(store: Path, name: str):
@@ -143,11 +148,16 @@ def test_any_kind_is_logged_loaded_served_and_monitored(store: Path, name: str):
     assert {key: model.facts[key] for key in facts} == facts
     assert all(np.isfinite(value) for value in model.facts["holdout"].values())
     assert bool(model.facts["holdout"]) == (target is not None)
-    assert np.array_equal(model.predict(flights), pipeline.predict(flights))
+    assert np.array_equal(model.pipeline.predict(flights), pipeline.predict(flights))
     if hasattr(pipeline, "predict_proba"):
-        assert np.array_equal(model.predict_proba(flights), pipeline.predict_proba(flights))
+        expected = pipeline.predict_proba(flights)
+        assert np.array_equal(model.pipeline.predict_proba(flights), expected)
+        assert np.allclose(model.predict_proba(flights), expected, rtol=model.tolerance, atol=model.tolerance)
     given = answer_and_feedback(model)
-    assert given["predictions"] == pipeline.predict(flights).tolist()
+    assert given["predictions"] == model.predict(flights).tolist()
+    assert np.array_equal(given["predictions"], pipeline.predict(flights)) or near(
+        given["predictions"], pipeline.predict(flights), model.tolerance
+    )
     assert ("probabilities" in given) == (hasattr(pipeline, "predict_proba") and model.outputs is None)
     outcome = schemas(model)["Feedback"]["properties"]["actual"]
     assert (outcome.get("type") == "array") == (model.outputs is not None)

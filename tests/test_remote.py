@@ -23,11 +23,13 @@ from nbprod.experiment.runs import Run, load_run, runs
 from nbprod.experiment.sharing import publish_missing, shared_signatures
 from nbprod.experiment.sweeps import sweep
 from nbprod.model.reproduce import reproduce
+from nbprod.model.sharing import shared_tags
 from nbprod.model.store import models
 from nbprod.release import journal
+from nbprod.release.exchange import pull, push
 from nbprod.release.journal import Release, write_entry
 from nbprod.release.ledger import load_model, promote, releases, rollback
-from nbprod.remote import Remote, create_file, list_files, open_filesystem, read_files
+from nbprod.remote import Remote, create_file, list_files, list_sizes, open_filesystem, read_files
 from nbprod.settings import load_settings
 
 SECRET = "never-to-be-written-down"
@@ -257,6 +259,44 @@ def test_a_model_that_was_changed_is_refused(machine: Callable[..., Machine], na
     with pytest.raises(ModelError, match=f"is not what was published: {name}"):
         load_model(tag).contract  # noqa: B018 - its files are fetched when they are asked for
     assert not (bob.folder.parent / "bentoml" / "models" / "air_time" / tag.split(":")[1]).exists()
+
+
+@pytest.mark.usefixtures("server")
+def test_a_model_is_pushed_to_a_bucket(machine: Callable[..., Machine]) -> None:
+    """From a project whose store is a folder, to one that shares nothing with it but the bucket."""
+    machine("ada", ".nbprod")
+    tag = run("nbs/train.ipynb").models[0]
+    first, second = (push("air_time:latest", "s3://team/models-only") for _ in range(2))
+    assert first.sent == first.bytes > 0 == second.sent
+    files = list_sizes(Remote("s3://team/models-only"), "models")
+    assert sum(files.values()) > first.bytes and not [name for name in files if name.endswith(".tmp")]
+    bob = machine("bob", ".nbprod")
+    model = pull("air_time", "s3://team/models-only")
+    assert model.tag == tag and model.folder.is_relative_to(bob.folder.parent)
+    assert promote(tag, "production").model == tag
+    with pytest.raises(StoreError, match="s3://nobody/models does not exist"):
+        push(tag, "s3://nobody/models")
+
+
+@pytest.mark.usefixtures("server")
+def test_a_push_to_a_bucket_that_is_killed(machine: Callable[..., Machine]) -> None:
+    """Nobody sees the version until another push has made it whole."""
+    ada = machine("ada", ".nbprod")
+    tag = run("nbs/train.ipynb").models[0]
+    parts = load_model(tag).folder / "library"
+    parts.mkdir()
+    for number in range(300):
+        (parts / f"part{number:03}.py").write_text("x")
+    code = f"from nbprod.release.exchange import push; push({tag!r}, 's3://team/flights')"
+    driver = start_driver(code, ada.folder)
+    remote = Remote("s3://team/flights")
+    wait_for(lambda: list_files(remote, "models"), "the first file to be uploaded")
+    driver.kill()
+    driver.communicate()
+    before = len(list_files(remote, "models"))
+    assert 0 < before < 300 and shared_tags(remote) == []
+    done = push(tag, str(remote))
+    assert done.files > 300 and done.sent < done.bytes and shared_tags(remote) == [tag]
 
 
 @pytest.mark.usefixtures("server")

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from .streaming import Printer
+from ..remote import unheard
 
 if TYPE_CHECKING:
     from nbprod.experiment.plans import Goal
     from nbprod.experiment.runs import Run
 
 # %% auto #0
-__all__ = ['Listener', 'wants_progress', 'cell_progress', 'run_state', 'run_progress']
+__all__ = ['Listener', 'wants_progress', 'byte_progress', 'cell_progress', 'run_state', 'run_progress']
 
 # %% ../../nbs/experiment/progress.ipynb #ab72a9c3
 def wants_progress(progress: bool | None) -> bool:
@@ -39,6 +40,15 @@ def _bar(progress: bool | None, **options: Any) -> Iterator[Any]:
 
     with tqdm(**options) as bar:
         yield bar
+
+# %% ../../nbs/experiment/progress.ipynb #8d0b4eb6
+@contextlib.contextmanager
+def byte_progress(label: str, total: int, progress: bool | None) -> Iterator[Callable[[int], object]]:
+    """A progress bar over `total` bytes; yields what it wants to be told of the number of new bytes."""
+    options = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+    delay = 0.0 if progress else 1.0
+    with _bar(progress, desc=label, total=total, delay=delay, **options) as bar:
+        yield bar.update if bar is not None else unheard
 
 # %% ../../nbs/experiment/progress.ipynb #3d298b93
 Listener = Callable[[dict[str, Any]], object]

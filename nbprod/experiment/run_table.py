@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['UNITS', 'LONGEST', 'STYLE', 'MOST', 'TITLES', 'duration_text', 'number_texts', 'short_text', 'column_texts',
-           'telling', 'frame_of', 'notebook_link', 'runs_html', 'run_html']
+           'telling', 'frame_of', 'notebook_link', 'cell', 'runs_html', 'run_html']
 
 # %% ../../nbs/experiment/run_table.ipynb #25ada25a
 UNITS = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
@@ -144,7 +144,7 @@ table.nbprod-runs.nbprod-runs .nbprod-dot::before { content: "\\25CF"; margin-ri
 </style>"""
 
 
-def _cell(text: str, *classes: str, tag: str = "td", inside: str | None = None) -> str:
+def cell(text: str, *classes: str, tag: str = "td", inside: str | None = None) -> str:
     """A cell of a table; `inside` is its content as HTML where that is more than the text."""
     named = f' class="{" ".join(filter(None, classes))}"' if any(classes) else ""
     return f"<{tag}{named}>{escape(text) if inside is None else inside}</{tag}>"
@@ -153,9 +153,9 @@ def _cell(text: str, *classes: str, tag: str = "td", inside: str | None = None) 
 def _run_cell(run: Run, name: str, text: str, end: bool) -> str:
     """The cell of a run in the column `name`."""
     if name == "status":
-        return _cell(text, "nbprod-dot", f"nbprod-{escape(text)}")
+        return cell(text, "nbprod-dot", f"nbprod-{escape(text)}")
     link = notebook_link(run.path) if name == "id" else None
-    return _cell(text, "nbprod-end" if end else "", inside=link and f'<a href="{link}">{escape(text)}</a>')
+    return cell(text, "nbprod-end" if end else "", inside=link and f'<a href="{link}">{escape(text)}</a>')
 
 # %% ../../nbs/experiment/run_table.ipynb #dc7a845b
 MOST = 50
@@ -166,7 +166,7 @@ def _column(runs: Sequence[Run], name: str) -> list[str]:
     """The heading of a column and its cells, as HTML."""
     texts, end = column_texts(name, [value_of(run, name) for run in runs])
     title = TITLES.get(name) or name.partition(".")[2] or name
-    head = _cell(title, "nbprod-end" if end else "", tag="th")
+    head = cell(title, "nbprod-end" if end else "", tag="th")
     return [head, *(_run_cell(run, name, text, end) for run, text in zip(runs, texts, strict=True))]
 
 
@@ -190,7 +190,7 @@ def run_html(run: Run) -> str:
     }
     facts |= {"models": ", ".join(run.models)} if run.models else {}
     facts |= {"error": str(run.error["error"])} if run.error else {}
-    head = _cell("run", tag="th") + _run_cell(run, "id", run.id, False)
-    rows = (_cell(name, tag="th") + _run_cell(run, name, text, False) for name, text in facts.items())
+    head = cell("run", tag="th") + _run_cell(run, "id", run.id, False)
+    rows = (cell(name, tag="th") + _run_cell(run, name, text, False) for name, text in facts.items())
     table = "".join(f"<tr>{row}</tr>" for row in (head, *rows))
     return f'{STYLE}<table class="nbprod-runs">{table}</table>'

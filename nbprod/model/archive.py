@@ -75,6 +75,8 @@ def check_array(file: IO[bytes], name: str) -> None:
     import numpy as np
 
     dtype = read_type(file)
+    if dtype.hasobject:
+        raise ModelError(f"its array {name} holds objects, which only pickle could read")
     if not dtype.isnative:
         raise ModelError(f"its array {name} is of an architecture with another order of bytes")
     layout = tree_layout(dtype)

@@ -21,11 +21,13 @@ from ..experiment.lineage import live_lineage
 from ..experiment.recording import current_run, emit
 from ..files import is_held
 from .baseline import profile
+from .compile import compile_model
 from .contract import infer_contract
 from .examples import check_saved, golden_examples
 from .kinds import Kind, describe, holdout_metrics
 from .library import pack_library
 from .pipeline import FILES, SKOPS, Arrays, compute, estimator_name, write_pipeline
+from .predictor import save_predictor
 from .store import commit, share, staging_folder
 from ..settings import Settings, bentoml_home, find_project, load_settings
 
@@ -149,11 +151,15 @@ def stage(
     examples, counts = golden_examples(model, contract, inputs)
     saved, written = _save(model, folder, settings, trusted, allow_pickle)
     check_saved(saved, model, contract, examples)
+    predictor, verdict = compile_model(model, contract, inputs)
+    if predictor is not None:
+        save_predictor(predictor, folder / "compiled")
     wheel = pack_library(settings, folder)
     _write_json(folder / "contract.json", contract.as_dict())
     _write_json(folder / "baseline.json", baseline.as_dict())
     _write_json(folder / "examples.json", examples)
-    facts = _facts(model, kind, given, labels) | written | {"tag": tag, "examples": counts}
+    facts = _facts(model, kind, given, labels) | written | {"compiled": verdict.as_dict()}
+    facts |= {"tag": tag, "examples": counts}
     _write_json(folder / "facts.json", facts | {"library": wheel and wheel["name"], "wheel": wheel})
 
 # %% ../../nbs/model/artifact.ipynb #73c3dd4e

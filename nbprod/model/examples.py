@@ -102,13 +102,14 @@ def golden_examples(
 TOLERANCE = 1e-9
 
 
-def same(expected: Any, given: Any) -> bool:
-    """Whether two answers agree: equal, or numbers within `TOLERANCE`, relative; lists value by value."""
+def same(expected: Any, given: Any, tolerance: float = TOLERANCE) -> bool:
+    """Whether two answers agree: equal, or numbers within `tolerance`, relative; lists value by value."""
     if isinstance(expected, list) and isinstance(given, list):
-        return len(expected) == len(given) and all(map(same, expected, given))
+        pairs = zip(expected, given, strict=False)
+        return len(expected) == len(given) and all(same(*pair, tolerance) for pair in pairs)
     if isinstance(expected, float) and isinstance(given, int | float):
         both_missing = math.isnan(expected) and math.isnan(given)
-        return both_missing or math.isclose(expected, given, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+        return both_missing or math.isclose(expected, given, rel_tol=tolerance, abs_tol=tolerance)
     return bool(expected == given)
 
 

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['EXTRAS', 'SKOPS', 'PICKLE', 'FILES', 'Answer', 'estimator_name', 'listed', 'Arrays', 'compute', 'answer',
-           'missing_package', 'read_skops', 'read_pickle', 'read_pipeline', 'write_pipeline']
+           'missing_package', 'read_skops', 'read_pickle', 'read_pipeline', 'check_pickle', 'check_pipeline',
+           'write_pipeline']
 
 # %% ../../nbs/model/pipeline.ipynb #4ad9e1d5
 @dataclass(frozen=True)
@@ -105,21 +107,27 @@ def missing_package(path: Path, error: ImportError) -> ModelError:
     return ModelError(f"{path} needs {error.name}, which cannot be imported here. {install}.")
 
 
-def read_skops(path: Path, library: str | None = None, trusted: Sequence[str] = ()) -> Any:
-    """The pipeline in a skops file; `ModelError` if it names what is not trusted, or is damaged."""
-    from skops.io import load as skops_load
-
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """Let what is raised about the skops file at `path` be a `ModelError` that names it."""
     try:
-        with path.open("rb") as file:
-            names = audit(file, library, trusted)
-            file.seek(0)
-            return skops_load(file, trusted=names)
+        yield
     except ModelError as error:
         raise ModelError(f"{path} was refused: {error}") from error
     except ImportError as error:
         raise missing_package(path, error) from error
     except Exception as error:  # zipfile, json, skops and the state of any estimator: not foreseeable
         raise ModelError(f"{path} is no readable skops file: {type(error).__name__}: {error}") from error
+
+
+def read_skops(path: Path, library: str | None = None, trusted: Sequence[str] = ()) -> Any:
+    """The pipeline in a skops file; `ModelError` if it names what is not trusted, or is damaged."""
+    from skops.io import load as skops_load
+
+    with _named_errors(path), path.open("rb") as file:
+        names = audit(file, library, trusted)
+        file.seek(0)
+        return skops_load(file, trusted=names)
 
 # %% ../../nbs/model/pipeline.ipynb #424c3d4e
 SKOPS, PICKLE = "skops", "pickle"
@@ -156,12 +164,35 @@ def read_pipeline(
     """
     if path.suffix != ".pickle":
         return read_skops(path, library, trusted)
-    if not allow_pickle:
+    check_pickle(path, allow_pickle)
+    return read_pickle(path)[0]
+
+
+def check_pickle(path: Path, allowed: bool) -> None:
+    """Raise `ModelError` for the pickle at `path` unless it is allowed."""
+    if not allowed:
         raise ModelError(
             f"{path} is a pickle: loading it runs whatever its author put into it. If you trust where it"
             " comes from, say so: allow_pickle=True of load_model, --allow-pickle of the command."
         )
-    return read_pickle(path)[0]
+
+
+def check_pipeline(
+    path: Path, library: str | None = None, trusted: Sequence[str] = (), *, allow_pickle: bool = False
+) -> None:
+    """Raise the `ModelError` of `read_pipeline`, but for an extra that is not installed; nothing is loaded.
+
+    A compiled model answers without the extra.
+    """
+    if path.suffix == ".pickle":
+        check_pickle(path, allow_pickle)
+        return
+    with _named_errors(path), path.open("rb") as file:
+        try:
+            audit(file, library, trusted)
+        except ImportError as error:
+            if (error.name or "").partition(".")[0] not in EXTRAS:
+                raise
 
 # %% ../../nbs/model/pipeline.ipynb #7a9a4977
 def _write_pickle(model: Any, path: Path) -> list[str]:

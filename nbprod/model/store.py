@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import sys
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,14 +18,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, NotFoundError, StoreError, did_you_mean
-from ..experiment.fingerprints import file_facts
 from ..files import write_atomic
 from .baseline import Baseline
 from .contract import Contract
 from .library import provide_library
-from .pipeline import FILES, PICKLE, SKOPS, Answer, Arrays, compute, read_pipeline
+from .pipeline import FILES, SKOPS, Answer, Arrays, check_pipeline, compute, read_pipeline
+from .predictor import Predictor, load_predictor
+from nbprod.model.sharing import (
+    LOGGER,
+    Transfer,
+    is_tag,
+    read_manifest,
+    receive,
+    send,
+    shared_facts,
+    shared_store,
+    shared_tags,
+)
 from .trust import NO_MORE, Trust
-from ..remote import Remote, create_file, get_folder, list_files, marked, put_folder, read_files
+from ..remote import Remote, check_answers
 from ..settings import Settings, bentoml_home, load_settings
 
 if TYPE_CHECKING:
@@ -34,8 +44,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['LOGGER', 'MANIFEST', 'staging_folder', 'commit', 'make_importable', 'read_json', 'shared_store', 'hashes_of', 'share',
-           'name_latest', 'fetch', 'Version', 'Model', 'check_loadable', 'shared_models', 'models', 'load']
+__all__ = ['EXACT', 'staging_folder', 'commit', 'make_importable', 'read_json', 'share', 'name_latest', 'bring', 'Version',
+           'Model', 'check_loadable', 'shared_models', 'shared_model', 'local_models', 'models', 'load']
 
 # %% ../../nbs/model/store.ipynb #3a0e1dde
 @contextmanager
@@ -91,37 +101,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 # %% ../../nbs/model/store.ipynb #c3ba00b0
-LOGGER = logging.getLogger("nbprod")
-
-
-def shared_store() -> Remote | None:
-    """The store that the project shares with others; None where there is none."""
-    settings = load_settings(required=False)
-    return Remote(settings.remote) if settings.remote else None
-
-
-MANIFEST = "manifest.json"
-
-
-def hashes_of(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file below `folder`, by its path; not of hidden ones."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    return {path.relative_to(folder).as_posix(): file_facts(path)["sha256"] for path in files}
-
-
 def share(tag: str, settings: Settings) -> None:
     """Upload the version `tag` to the shared store, if there is one that lacks it. Raises `StoreError`."""
-    name, version = tag.split(":")
-    folder = bentoml_home() / "models" / name / version
-    if not settings.remote or not folder.exists():
-        return
-    remote, place = Remote(settings.remote), f"models/{name}/{version}"
-    if version not in marked(remote, f"models/{name}", MANIFEST):
-        put_folder(remote, folder, place, last="facts.json")
-        with suppress(FileExistsError):  # another process was faster
-            create_file(remote, f"{place}/{MANIFEST}", json.dumps(hashes_of(folder)).encode())
+    folder = bentoml_home() / "models" / tag.replace(":", "/")
+    if settings.remote and folder.exists():
+        send(tag, folder, Remote(settings.remote))
 
-# %% ../../nbs/model/store.ipynb #761ef259
+# %% ../../nbs/model/store.ipynb #40f158f6
 def name_latest(folder: Path) -> None:
     """Let BentoML's `latest` name the version in `folder`, unless it names one that was made later."""
     pointer = folder.parent / "latest"
@@ -132,29 +118,12 @@ def name_latest(folder: Path) -> None:
     write_atomic(pointer, folder.name)
 
 
-def fetch(tag: str, folder: Path) -> None:
-    """Bring the version `tag` from the shared store to `folder`.
-
-    Raises `NotFoundError` if it is not there, `ModelError` if its files are not those that were published.
-    """
-    remote, (name, version) = shared_store(), tag.split(":")
-    with staging_folder(bentoml_home() / "tmp") as scratch:
-        made = scratch / version
-        if remote is not None:
-            get_folder(remote, f"models/{name}/{version}", made)
-        if not (made / MANIFEST).exists():
-            raise NotFoundError(f"The model {tag} is neither in {folder} nor in the shared store.")
-        expected = read_json(made / MANIFEST)
-        (made / MANIFEST).unlink()
-        found = hashes_of(made)
-        wrong = [each for each in {**expected, **found} if expected.get(each) != found.get(each)]
-        if wrong:
-            names = ", ".join(sorted(wrong)[:5])
-            raise ModelError(f"{tag} in {remote} is not what was published: {names}. It was not loaded.")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(OSError):  # another process was faster
-            made.rename(folder)
-        name_latest(folder)
+def bring(tag: str, remote: Remote, progress: bool | None = None) -> Transfer:
+    """Receive the version `tag` from a store into BentoML's. Raises what `receive` does."""
+    folder = bentoml_home() / "models" / tag.replace(":", "/")
+    done = receive(tag, folder, remote, progress=progress)
+    name_latest(folder)
+    return done
 
 # %% ../../nbs/model/store.ipynb #50649003
 @dataclass(frozen=True)
@@ -180,7 +149,12 @@ class Version:
     def file(self, name: str) -> Path:
         """The path of one of its files. A version that only the shared store has is fetched first."""
         if not self.folder.exists():
-            fetch(self.tag, self.folder)
+            remote = shared_store(load_settings(required=False))
+            if remote is None:
+                raise NotFoundError(
+                    f"The model {self.tag} is neither in {self.folder} nor in a shared store."
+                )
+            bring(self.tag, remote)
         return self.folder / name
 
     @cached_property
@@ -201,6 +175,9 @@ class Version:
         return path if path.exists() else None
 
 # %% ../../nbs/model/store.ipynb #78857f78
+EXACT = 1e-9  # what a pipeline answers may differ by, from machine to machine
+
+
 @dataclass(frozen=True)
 class Model(Version):
     """A version with what predicting takes; the pipeline is read when something is predicted.
@@ -225,16 +202,23 @@ class Model(Version):
         """Golden examples: rows, predictions, probabilities."""
         return read_json(self.file("examples.json"))
 
-    @cached_property
-    def pipeline(self) -> Any:
-        """The fitted scikit-learn pipeline; `ModelError` where it holds what is not trusted."""
+    def source(self) -> dict[str, Any]:
+        """The pipeline's file and what it is trusted with, the arguments of `read_pipeline`."""
         make_importable(self.library)
         own = load_settings(required=False)
         trusted = (*own.trusted, *self.trust.names)
         known = {*trusted, *([own.library] if own.library else [])}
-        library = provide_library(self.library, self.library_path, self.facts.get("wheel") or {}, known)
-        path = self.file(FILES.get(str(self.facts.get("format")), FILES[SKOPS]))
-        return read_pipeline(path, library, trusted, allow_pickle=self.trust.allow_pickle)
+        return {
+            "path": self.file(FILES.get(str(self.facts.get("format")), FILES[SKOPS])),
+            "library": provide_library(self.library, self.library_path, self.facts.get("wheel") or {}, known),
+            "trusted": trusted,
+            "allow_pickle": self.trust.allow_pickle,
+        }
+
+    @cached_property
+    def pipeline(self) -> Any:
+        """The fitted scikit-learn pipeline; `ModelError` where it holds what is not trusted."""
+        return read_pipeline(**self.source())
 
     @property
     def classes(self) -> list[Any] | None:
@@ -260,79 +244,129 @@ class Model(Version):
         wheel = self.facts.get("wheel")
         return self.file(Path(wheel["file"]).name if wheel else "library") if self.library else None
 
+    @property
+    def verdict(self) -> dict[str, Any]:
+        """Whether the model was compiled (whole, part or no), and what was found: see `compile.Verdict`."""
+        return {"compiled": "no", "tolerance": EXACT} | (self.facts.get("compiled") or {})
+
+    @property
+    def tolerance(self) -> float:
+        """How far an answer may be from the pipeline's own, relative to numbers larger than 1."""
+        return EXACT if self.verdict["compiled"] == "no" else float(self.verdict["tolerance"])
+
+    @cached_property
+    def predictor(self) -> Predictor | None:
+        """What answers in the place of the pipeline; None if it was not compiled, or not for this machine."""
+        if self.verdict["compiled"] == "no":
+            return None
+        try:
+            return load_predictor(self.file("compiled"), self.contract, lambda: self.pipeline)
+        except ModelError as error:
+            LOGGER.warning("nbprod: the pipeline of %s answers itself: %s", self.tag, error)
+            return None
+
     def compute(self, checked: pd.DataFrame) -> Arrays:
         """Predictions and probabilities, as arrays, for a frame that the contract has checked."""
-        return compute(self.pipeline, checked)
+        return self.predictor.compute(checked) if self.predictor else compute(self.pipeline, checked)
+
+    def compute_rows(self, rows: Sequence[Mapping[str, Any]]) -> Arrays:
+        """Predictions and probabilities, as arrays, for JSON rows that the contract accepts."""
+        if self.predictor:
+            return self.predictor.compute_rows(rows)
+        return compute(self.pipeline, self.contract.frame(rows))
 
     def answer(self, frame: pd.DataFrame) -> Answer:
         """Predictions and probabilities for `frame`, checked by the contract."""
         return self.compute(self.contract.check_frame(frame)).answer()
 
     def predict(self, frame: pd.DataFrame) -> np.ndarray:
-        """What the pipeline's `predict` gives for `frame`, checked by the contract."""
-        return self.pipeline.predict(self.contract.check_frame(frame))
+        """What the pipeline's `predict` gives (within `tolerance`) for `frame`, checked by the contract."""
+        return self.compute(self.contract.check_frame(frame)).predictions
 
     def predict_proba(self, frame: pd.DataFrame) -> np.ndarray:
         """What the pipeline's `predict_proba` gives for `frame`, checked by the contract.
 
         Of a classifier with several outputs that is mostly a list of arrays, one an output.
         """
-        return self.pipeline.predict_proba(self.contract.check_frame(frame))
+        checked = self.contract.check_frame(frame)
+        found = self.predictor.compute(checked).probabilities if self.predictor else None
+        return self.pipeline.predict_proba(checked) if found is None else found
 
     def as_dict(self) -> dict[str, Any]:
         """The facts of a listing, as JSON values."""
         facts = {"name": self.name, "version": self.version, "created": self.facts["created"]}
-        return {"tag": self.tag, **facts, "run": self.run, "format": "skops", "compiled": "no"}
+        made = {"format": self.facts.get("format", "skops"), "trusted": self.facts.get("trusted") or []}
+        shown = {"compiled": self.verdict["compiled"], "holdout": self.facts.get("holdout") or {}}
+        return {"tag": self.tag, **facts, "run": self.run, **made, **shown}
+
+    def __repr__(self) -> str:
+        from nbprod.model.card import brief
+
+        return brief(self)
+
+    def _repr_html_(self) -> str:
+        from nbprod.model.card import card_html
+
+        return card_html(self)
 
 
 def check_loadable(model: Model) -> None:
-    """Raise `ModelError` if `model` is a pickle and its loader does not allow one; reads no pipeline."""
-    if model.facts.get("format", SKOPS) != SKOPS and not model.trust.allow_pickle:
-        read_pipeline(model.file(FILES[PICKLE]))
+    """Raise `ModelError` if the file of `model` holds what its loader does not trust; makes nothing of it."""
+    check_pipeline(**model.source())
 
 # %% ../../nbs/model/store.ipynb #23fae384
-def _facts_of(names: Iterable[str], remote: Remote, settings: Settings) -> dict[str, dict[str, Any]]:
-    """The facts of versions in the shared store, by `name/version`; those that were read before from here."""
-    kept = {name: settings.store / "shared" / f"{name}.json" for name in names}
-    missing = [name for name, path in kept.items() if not path.exists()]
-    for file, content in read_files(remote, (f"models/{name}/facts.json" for name in missing)).items():
-        path = kept[file.removeprefix("models/").removesuffix("/facts.json")]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, content)
-    return {name: read_json(path) for name, path in kept.items() if path.exists()}
+def _shared_model(tag: str, facts: dict[str, Any]) -> Model:
+    """The model of a version whose files are not here yet."""
+    found = Model(tag, bentoml_home() / "models" / tag.replace(":", "/"))
+    found.__dict__["facts"] = facts  # what the property would read from a file that is not here
+    return found
 
 
 def shared_models(name: str | None, known: Collection[str]) -> list[Model]:
-    """The versions that only the shared store has: not those whose tags are `known`."""
+    """The versions that only the shared store has: not those whose tags are `known`. Raises `StoreError`."""
     settings = load_settings(required=False)
-    if not settings.remote:
+    remote = shared_store(settings)
+    if remote is None:
         return []
-    remote, home = Remote(settings.remote), bentoml_home() / "models"
-    try:
-        top = f"models/{name}" if name else "models"
-        files = [f"{name}/{file}" if name else file for file in list_files(remote, top)]
-        places = [file.removesuffix(f"/{MANIFEST}") for file in files if file.endswith(f"/{MANIFEST}")]
-        wanted = [place for place in places if place.count("/") == 1 and place.replace("/", ":") not in known]
-        facts = _facts_of(wanted, remote, settings)
-    except StoreError as error:
-        LOGGER.warning("nbprod: only the models that are here are listed. %s", error)
-        return []
-    found = [Model(place.replace("/", ":"), home / place) for place in facts]
-    for model, value in zip(found, facts.values(), strict=True):
-        model.__dict__["facts"] = value  # what the property would read from a file that is not here
-    return found
+    check_answers(remote, "models")
+    wanted = [tag for tag in shared_tags(remote, name) if tag not in known]
+    kept = settings.store / "shared" if settings.remote else None
+    return [_shared_model(tag, facts) for tag, facts in shared_facts(remote, wanted, kept).items()]
+
+
+def shared_model(tag: str) -> Model | None:
+    """The version `tag` of the shared store; None if it is not there. Raises `StoreError`."""
+    remote = shared_store(load_settings(required=False))
+    if remote is None or not is_tag(tag):
+        return None
+    check_answers(remote, "models")
+    facts = shared_facts(remote, [tag]) if read_manifest(remote, tag) else {}
+    return _shared_model(tag, facts[tag]) if tag in facts else None
 
 # %% ../../nbs/model/store.ipynb #533d4258
+def local_models(name: str | None = None) -> list[Model]:
+    """The versions that nbprod made and that are in the BentoML store; with `name`, those of one model."""
+    store = bentoml_home() / "models"
+    folders = [path.parent for path in store.glob(f"{name or '*'}/*/contract.json")]
+    return [Model(f"{folder.parent.name}:{folder.name}", folder) for folder in folders]
+
+
+def _newest_first(found: list[Model]) -> list[Model]:
+    return sorted(found, key=lambda model: (model.facts["created"], model.tag), reverse=True)
+
+
 def models(name: str | None = None) -> list[Model]:
     """The versions that nbprod made, newest first; with `name`, those of one model.
 
     They are in the BentoML store, or in the store that is shared with others and fetched when they are used.
+    If that cannot be reached, those that are here are listed, with a warning.
     """
-    store = bentoml_home() / "models"
-    folders = [path.parent for path in store.glob(f"{name or '*'}/*/contract.json")]
-    found = [Model(f"{folder.parent.name}:{folder.name}", folder) for folder in folders]
-    found += shared_models(name, {model.tag for model in found})
-    return sorted(found, key=lambda model: (model.facts["created"], model.tag), reverse=True)
+    found = local_models(name)
+    try:
+        found += shared_models(name, {model.tag for model in found})
+    except StoreError as error:
+        LOGGER.warning("nbprod: only the models that are here are listed. %s", error)
+    return _newest_first(found)
 
 # %% ../../nbs/model/store.ipynb #0e8faee3
 def _unknown_name(name: str) -> NotFoundError:
@@ -344,19 +378,35 @@ def _unknown_name(name: str) -> NotFoundError:
     )
 
 # %% ../../nbs/model/store.ipynb #7f90a93b
-def load(tag: str) -> Model:
-    """The model of a tag `name:version`, `name:latest` or `name` (the latest); the pipeline is read later."""
-    name, _, version = tag.partition(":")
-    here = bentoml_home() / "models" / name / version
-    if version not in ("", "latest") and (here / "contract.json").exists():
-        return Model(tag, here)
-    known = models(name)
-    if not known:
+def _newest(name: str) -> Model:
+    """The newest version of a model. If the shared store cannot be reached, the newest of those here."""
+    found = local_models(name)
+    try:
+        found += shared_models(name, {model.tag for model in found})
+    except StoreError as error:
+        if not found:
+            raise
+        LOGGER.warning("nbprod: the newest %s that is here is taken. %s", name, error)
+    if not found:
         raise _unknown_name(name)
+    return _newest_first(found)[0]
+
+
+def load(tag: str) -> Model:
+    """The model of a tag `name:version`, `name:latest` or `name` (the latest); the pipeline is read later.
+
+    A version that is here is not looked for elsewhere. Raises `NotFoundError`; `StoreError` if it is not here
+    and the shared store cannot be reached.
+    """
+    name, _, version = tag.partition(":")
     if version in ("", "latest"):
-        return known[0]
-    for model in known:
-        if model.version == version:
-            return model
-    hint = did_you_mean(tag, [model.tag for model in known])
-    raise NotFoundError(f"There is no model {tag!r}.{hint} The newest is {known[0].tag}.")
+        return _newest(name)
+    here = bentoml_home() / "models" / name / version
+    if is_tag(tag) and (here / "contract.json").exists():
+        return Model(tag, here)
+    found = shared_model(tag)
+    if found is None:
+        newest = _newest(name)
+        hint = did_you_mean(tag, [model.tag for model in models(name)])
+        raise NotFoundError(f"There is no model {tag!r}.{hint} The newest is {newest.tag}.")
+    return found

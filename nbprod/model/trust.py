@@ -307,6 +307,8 @@ def audit(file: IO[bytes], library: str | None = None, trusted: Iterable[str] = 
     not sound; `ImportError` if a name is of a package that is not here; and for a damaged file what `zipfile`
     and `json` raise.
     """
+    from skops.io._protocol import PROTOCOL
+
     size, known = file.seek(0, os.SEEK_END), frozenset(trusted)
     with ZipFile(file) as archive:
         check_archive(archive, size)
@@ -316,6 +318,11 @@ def audit(file: IO[bytes], library: str | None = None, trusted: Iterable[str] = 
         if schema["protocol"] < OLDEST_PROTOCOL:
             raise ModelError(
                 f"it is of skops' protocol {schema['protocol']}, older than any that nbprod wrote"
+            )
+        if schema["protocol"] > PROTOCOL:
+            raise ModelError(
+                f"it is of skops' protocol {schema['protocol']}, newer than this skops knows ({PROTOCOL}):"
+                " install a newer one"
             )
         named = list(nodes(schema))
         refused = sorted({node.path for node in named if not is_trusted(node, library, known)})

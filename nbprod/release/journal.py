@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ReleaseError
-from ..remote import Remote, create_file, list_files, read_files
+from ..remote import Remote, check_answers, create_file, list_files, read_files
 from ..settings import Settings, load_settings
 
 # %% auto #0
@@ -60,7 +60,9 @@ def releases(name: str, settings: Settings | None = None) -> list[Release]:
     """Every release of the model `name`, oldest first; empty where there was none."""
     settings = settings or load_settings()
     if settings.remote:
-        return [entry for _, entry in _shared(name, Remote(settings.remote))]
+        remote = Remote(settings.remote)
+        check_answers(remote, "releases")
+        return [entry for _, entry in _shared(name, remote)]
     path = _ledger(name, settings)
     if not path.exists():
         return []

@@ -13,7 +13,8 @@ from datetime import datetime, UTC
 
 from ..errors import NotFoundError, ReleaseError, UsageError, did_you_mean
 from ..model.artifact import recover
-from ..model.store import Model, load, make_importable
+from ..model.card import on_aliases
+from ..model.store import Model, check_loadable, load, make_importable
 from ..model.trust import Trust
 from .gates import Gate, pass_gates
 from .journal import Release, releases, write_entry
@@ -38,6 +39,9 @@ def aliases(name: str, settings: Settings | None = None) -> dict[str, str]:
     """The aliases of the model `name` and the tag that each stands for now."""
     return {entry.alias: entry.model for entry in releases(name, settings)}
 
+
+on_aliases(aliases)  # so that the card of a model can show them
+
 # %% ../../nbs/release/ledger.ipynb #88994b58
 def resolve(model: str, settings: Settings | None = None, trust: Trust | None = None) -> Model:
     """The model of `name:version`, `name:latest`, `name` or `name@alias`, or `NotFoundError`.
@@ -54,8 +58,10 @@ def resolve(model: str, settings: Settings | None = None, trust: Trust | None = 
     found = load(known[alias] if at else model)
     make_importable(found.library, settings.root)
     own = (*settings.trusted, *([settings.library] if settings.library else []))
-    added = trust or Trust()
-    return replace(found, trust=Trust((*own, *added.names), added.allow_pickle))
+    added, facts = trust or Trust(), found.facts
+    trusting = replace(found, trust=Trust((*own, *added.names), added.allow_pickle))
+    trusting.__dict__["facts"] = facts  # also where its files are still elsewhere
+    return trusting
 
 # %% ../../nbs/release/ledger.ipynb #bc4bc6e1
 def load_model(model: str, *, trusted: Sequence[str] = (), allow_pickle: bool = False) -> Model:
@@ -64,8 +70,12 @@ def load_model(model: str, *, trusted: Sequence[str] = (), allow_pickle: bool = 
     `trusted` names classes and functions ("package.module.Class") that its file may hold beside what
     scikit-learn, the project's library and settings.ini allow, or a library that may be used in another form
     than the model's own. `allow_pickle` reads a model that was logged as a pickle, which runs what is in it.
+    Raises `NotFoundError`; `ModelError` if its file is damaged or holds what is not trusted.
     """
-    return resolve(model, trust=Trust(tuple(trusted), allow_pickle))
+    found = resolve(model, trust=Trust(tuple(trusted), allow_pickle))
+    if found.folder.exists():  # the files of others come when they are asked for
+        check_loadable(found)
+    return found
 
 # %% ../../nbs/release/ledger.ipynb #6237c7b9
 def _check_alias(alias: str) -> None:

@@ -60,6 +60,9 @@ def model_facts(model: Model) -> dict[str, Any]:
         "version": model.version,
         "created": facts["created"],
         "estimator": facts["estimator"],
+        "format": facts.get("format", "skops"),
+        "trusted": facts.get("trusted") or [],
+        "compiled": facts.get("compiled") or {"compiled": "no"},
         "run": model.run,
         "params": facts.get("params") or {},
         "metrics": facts.get("metrics") or {},
@@ -68,7 +71,6 @@ def model_facts(model: Model) -> dict[str, Any]:
         "classes": model.classes,
         "kind": facts.get("kind"),
         "outputs": model.outputs,
-        "format": facts.get("format", "skops"),
         "contract": model.contract.as_dict(),
         "baseline": model.baseline.as_dict(),
     }
