@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
+    from nbprod.model.scoring import Scored
+
 # %% auto #0
 __all__ = ['LOGGER', 'MANIFEST', 'staging_folder', 'commit', 'make_importable', 'read_json', 'shared_store', 'hashes_of', 'share',
            'name_latest', 'fetch', 'Version', 'Model', 'shared_models', 'models', 'load']
@@ -256,6 +258,14 @@ class Model(Version):
     def predict_proba(self, frame: pd.DataFrame) -> np.ndarray:
         """What the pipeline's `predict_proba` gives for `frame`, checked by the contract."""
         return self.pipeline.predict_proba(self.contract.check_frame(frame))
+
+    def score_table(
+        self, source: Any, output: str | Path | None = None, **options: Any
+    ) -> Scored | pd.DataFrame:
+        """Score a frame, or tables of any size; see `nbprod.model.scoring.score_table` for the options."""
+        from nbprod.model.scoring import score_table
+
+        return score_table(self, source, output, **options)
 
     def as_dict(self) -> dict[str, Any]:
         """The facts of a listing, as JSON values."""
