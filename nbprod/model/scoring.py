@@ -105,10 +105,11 @@ def _put_together(
 # %% ../../nbs/model/scoring.ipynb #920b8edf
 @dataclass(frozen=True)
 class Scored:
-    """What became of a table: `rows` that were read, how many of them were `rejected`, and where the output is.
+    """What became of a table: the `rows` that were read, how many were `rejected`, and where the output is.
 
     `rejected_output` is where the rejected rows are with the reasons, None if there is none. `unusual` counts
-    values that training did not have, by column and kind: below, above, unseen. `resumed` parts were done before.
+    values that training did not have, by column and kind: below, above, unseen. `resumed` parts were done
+    before.
     """
 
     model: str
@@ -285,14 +286,14 @@ def score_table(
 ) -> Scored | pd.DataFrame:
     """Score a table by `model`: into `output`, or without one as a frame.
 
-    `source` is a DataFrame, an Arrow table or data set, or the path or URL of a Parquet or CSV file, a folder or
-    a pattern of them. `output` is a file ending in .parquet or .csv, or for several inputs also a folder.
+    `source` is a DataFrame, an Arrow table or data set, or the path or URL of a Parquet or CSV file, a folder
+    or a pattern of them. `output` is a file ending in .parquet or .csv, or for several inputs also a folder.
     `keep` are the columns that are carried through, `["*"]` for all; default: those that the model does not
     take. `strict` ends the job at rows that break the contract, `force` replaces an output. `jobs` processes
     are used, by default as many as there are cores, or the cluster at `executor`.
 
-    Raises `UsageError` or `NotFoundError` for what cannot be begun, `ScoreError` if the job fails, `StoreError` if
-    a URL cannot be reached; nothing of the output is visible then, and the same call goes on where it stopped.
+    Raises `UsageError` or `NotFoundError` for what cannot be begun, `ScoreError` if the job fails, `StoreError`
+    if a URL cannot be reached; nothing of the output is visible then, and the same call goes on where it stopped.
     """
     import pandas as pd
 

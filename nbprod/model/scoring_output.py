@@ -147,8 +147,8 @@ class Counts:
 class Assembly:
     """Puts the parts of one file of the output together, as they are done.
 
-    They are read from `folders`, by the number of the table; the file is made in the folder `whole`, and what was
-    rejected in another beside it.
+    They are read from `folders`, by the number of the table. The file is made in the folder `whole`, and what
+    was rejected in another beside it.
     """
 
     def __init__(

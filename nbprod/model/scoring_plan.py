@@ -48,7 +48,7 @@ def kept_columns(columns: Sequence[str], contract: Sequence[str], keep: Sequence
 # %% ../../nbs/model/scoring_plan.ipynb #26759620
 @dataclass(frozen=True)
 class Plan:
-    """A job: the model's `work`, its parts by the number of the table, and the schema of each table's output."""
+    """A job: the `work`, its parts and the schema of the output, each by the number of the table."""
 
     work: Work
     parts: dict[int, list[Part]]
@@ -91,7 +91,7 @@ def make_plan(model: Model, files: Sequence[InputFile], keep: Sequence[str] | No
     for file, (kept, schema, _) in zip(files, looks, strict=True):
         if kept != looks[0][0] or (together and not schema.equals(looks[0][1])):
             raise UsageError(
-                f"{file.place} has other columns to carry through than {files[0].place}. Choose them with --keep."
+                f"{file.place} has other columns to keep than {files[0].place}. Choose them with --keep."
             )
     work = Work(model.tag, tuple(files), tuple(looks[0][0]))
     return Plan(
@@ -123,8 +123,8 @@ def part_folders(plan: Plan, folder: Path) -> dict[int, Path]:
 def account(target: Target, folders: Iterable[Path]) -> Iterator[Path]:
     """The hidden folder of a job, which only this one uses; without what belongs to another job.
 
-    It is removed when the context is left as planned. Raises `UsageError` if another process uses it, or if it
-    cannot be made.
+    It is removed when the context is left as planned. Raises `UsageError` if another process uses it, or if
+    it cannot be made.
     """
     wanted = list(folders)
     folder = wanted[0].parent
