@@ -1630,6 +1630,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'nbprod/model/scoring_part.py'),
                                            'nbprod.model.scoring_part.Work.from_dict': ( 'model/scoring_part.html#work.from_dict',
                                                                                          'nbprod/model/scoring_part.py'),
+                                           'nbprod.model.scoring_part._plain_type': ( 'model/scoring_part.html#_plain_type',
+                                                                                      'nbprod/model/scoring_part.py'),
                                            'nbprod.model.scoring_part._stream': ( 'model/scoring_part.html#_stream',
                                                                                   'nbprod/model/scoring_part.py'),
                                            'nbprod.model.scoring_part.answer_columns': ( 'model/scoring_part.html#answer_columns',

@@ -160,18 +160,26 @@ def rejected_table(batch: Batch, findings: Sequence[Finding]) -> Any:
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def plain_array(array: Any) -> Any:
-    """An Arrow array without a dictionary of its own, which another batch would not share."""
+def _plain_type(kind: Any) -> Any:
+    """The Arrow type of the same values, without a dictionary, and with texts as most programs have them."""
     import pyarrow as pa
 
-    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    text = pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return pa.string() if text else kind
+
+
+def plain_array(array: Any) -> Any:
+    """An Arrow array without a dictionary of its own, which another batch would not share."""
+    kind = _plain_type(array.type)
+    return array if kind == array.type else array.cast(kind)
 
 
 def plain_field(field: Any) -> Any:
     """The field of such an array; it may be null."""
     import pyarrow as pa
 
-    return pa.field(field.name, field.type.value_type if pa.types.is_dictionary(field.type) else field.type)
+    return pa.field(field.name, _plain_type(field.type))
 
 # %% ../../nbs/model/scoring_part.ipynb #28c58183
 class Scorer:
