@@ -5,17 +5,17 @@
 # %% ../../nbs/model/conversion.ipynb #ac08b179
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import product
+from typing import Any
 
 from ..errors import ModelError
-
-if TYPE_CHECKING:
-    import pandas as pd
+from .graph import Width, feed, kinds_of
 
 # %% auto #0
-__all__ = ['Width', 'MISSING', 'parts', 'kind_of', 'feed', 'plain_attribute', 'split_values', 'set_thresholds', 'convert',
-           'open_session']
+__all__ = ['OPERATORS_OF', 'OPERATORS', 'parts', 'packs', 'plain_attribute', 'called', 'split_values', 'leaf_values',
+           'set_thresholds', 'equivalent', 'convert']
 
 # %% ../../nbs/model/conversion.ipynb #7dfb6190
 def parts(model: Any) -> Iterator[tuple[Any | None, Any]]:
@@ -30,48 +30,23 @@ def parts(model: Any) -> Iterator[tuple[Any | None, Any]]:
         for cut in range(1, len(model)):
             yield model[:cut], model[cut:] if cut < len(model) - 1 else model[-1]
 
-# %% ../../nbs/model/conversion.ipynb #a4a56e2e
-Width = Literal["float32", "float64"]
-MISSING = "nan"
-
-
-def kind_of(values: pd.Series) -> str:
-    """Whether a column is fed to a graph as `text` or as `number`. `ModelError` for what is neither."""
-    from pandas.api import types
-
-    if types.is_bool_dtype(values.dtype) or types.is_numeric_dtype(values.dtype):
-        return "number"
-    present = values.dropna()
-    if present.map(lambda value: isinstance(value, str)).all():
-        return "text"
-    raise ModelError(f"column {values.name!r} of {values.dtype} has no counterpart in ONNX")
-
-# %% ../../nbs/model/conversion.ipynb #81acd947
-def feed(inputs: Any, width: Width) -> dict[str, Any]:
-    """A table or an array as the inputs of a graph, by name; n by 1 for each column, n by m for an array."""
-    import numpy as np
-    import pandas as pd
-
-    if not isinstance(inputs, pd.DataFrame):
-        return {"inputs": np.ascontiguousarray(inputs, dtype=width)}
-    given = {}
-    for position, name in enumerate(inputs.columns):
-        column = inputs.iloc[:, position]
-        if kind_of(column) == "text":
-            values = column.astype(object).where(column.notna(), MISSING).to_numpy(dtype=object)
-        else:
-            values = column.to_numpy(dtype=width, na_value=np.nan)
-        given[str(name)] = values.reshape(-1, 1)
-    return given
-
 # %% ../../nbs/model/conversion.ipynb #2e52c8a4
-def _input_types(inputs: Any, width: Width) -> list[tuple[str, Any]]:
+def packs(part: Any, kinds: Mapping[str, str]) -> bool:
+    """Whether a table of such columns is one input: numbers that no step tells apart by name."""
+    from sklearn.compose import ColumnTransformer
+    from sklearn.pipeline import FeatureUnion
+
+    first = part.steps[0][1] if hasattr(part, "steps") else part
+    return set(kinds.values()) == {"number"} and not isinstance(first, ColumnTransformer | FeatureUnion)
+
+
+def _input_types(part: Any, inputs: Any, width: Width) -> list[tuple[str, Any]]:
     """What skl2onnx is told of the inputs: names and types."""
     from skl2onnx.common.data_types import DoubleTensorType, FloatTensorType, StringTensorType
 
     number = DoubleTensorType if width == "float64" else FloatTensorType
-    told = []
-    for name, values in feed(inputs[:1], width).items():
+    told, kinds = [], kinds_of(inputs)
+    for name, values in feed(inputs[:1], kinds, width, packs(part, kinds)).items():
         tensor = StringTensorType if values.dtype == object else number
         told.append((name, tensor([None, values.shape[1]])))
     return told
@@ -125,12 +100,55 @@ def _fill(scope: Any, operator: Any, container: Any) -> None:
     container.add_node("IsNaN", joined, missing, op_version=13)
     container.add_node("Where", [missing, filled, joined], operator.outputs[0].full_name, op_version=9)
 
+# %% ../../nbs/model/conversion.ipynb #aedbb721
+OPERATORS_OF = {"log": "Log", "sqrt": "Sqrt", "exp": "Exp", "absolute": "Abs", "sin": "Sin", "log1p": "Log"}
+
+
+def called(transformer: Any) -> str:
+    """The function of a `FunctionTransformer` that has no operator, by its name; empty if there is none."""
+    import numpy as np
+    from sklearn.preprocessing import FunctionTransformer
+
+    if type(transformer) is not FunctionTransformer or transformer.func is None:
+        return ""
+    function = transformer.func
+    name = str(getattr(function, "__name__", function))
+    known = isinstance(function, np.ufunc) and name in OPERATORS_OF and not transformer.kw_args
+    return "" if known else name
+
+
+def _shape_of_call(operator: Any) -> None:
+    """What skl2onnx is told of the output of a function: one array of all columns, in their type."""
+    unknown = called(operator.raw_operator)
+    if unknown:
+        raise ModelError(f"{unknown} stays Python")
+    inputs = operator.inputs
+    operator.outputs[0].type = type(inputs[0].type)([None, sum(each.type.shape[1] for each in inputs)])
+
+
+def _call(scope: Any, operator: Any, container: Any) -> None:
+    """The graph of a function."""
+    import numpy as np
+
+    function, output = operator.raw_operator.func, operator.outputs[0].full_name
+    joined, given = scope.get_unique_variable_name("joined"), [each.full_name for each in operator.inputs]
+    container.add_node("Concat", given, joined if function else output, axis=1, op_version=13)
+    if function is np.log1p:
+        double = type(operator.inputs[0].type).__name__.startswith("Double")
+        one, more = scope.get_unique_variable_name("one"), scope.get_unique_variable_name("more")
+        container.add_initializer(one, 11 if double else 1, [1], [1.0])
+        container.add_node("Add", [joined, one], more, op_version=14)
+        joined = more
+    if function:
+        container.add_node(OPERATORS_OF[function.__name__], joined, output, op_version=13)
+
 # %% ../../nbs/model/conversion.ipynb #aedbb72d
 def _converters() -> dict[type, Callable[..., Any]]:
     """The converters that are used in the place of skl2onnx's own, by the class of the estimator."""
     from skl2onnx.common._registration import get_converter
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
     from sklearn.impute import SimpleImputer
+    from sklearn.preprocessing import FunctionTransformer
 
     def plain(name: str) -> Callable[..., Any]:
         return lambda scope, operator, container: get_converter(name)(
@@ -138,7 +156,10 @@ def _converters() -> dict[type, Callable[..., Any]]:
         )
 
     kinds = (HistGradientBoostingClassifier, HistGradientBoostingRegressor)
-    return {kind: plain(f"Sklearn{kind.__name__}") for kind in kinds} | {SimpleImputer: _fill}
+    return {kind: plain(f"Sklearn{kind.__name__}") for kind in kinds} | {
+        SimpleImputer: _fill,
+        FunctionTransformer: _call,
+    }
 
 # %% ../../nbs/model/conversion.ipynb #581ca9ca
 def _replace(node: Any, name: str, *attributes: Any) -> None:
@@ -170,22 +191,66 @@ def split_values(model: Any) -> list[list[float]]:
     found = [] if inside is None else np.ravel(np.asarray(inside, dtype=object)).tolist()
     return [values for each in found for values in split_values(each)]
 
+# %% ../../nbs/model/conversion.ipynb #19822c60
+def leaf_values(model: Any) -> list[Any]:
+    """What the leaves of a fitted estimator add to its answer, by tree: nodes by outputs.
 
-def _thresholds(node: Any, final: Any) -> list[float] | None:
-    """The thresholds of `final` in the order of a node of trees; None if it is not built as expected."""
+    In the order of `split_values`, with the weight of a tree among its fellows.
+    """
     import numpy as np
 
-    trees = split_values(final)
+    if hasattr(model, "_predictors"):
+        return [tree.nodes["value"].reshape(-1, 1) for stage in model._predictors for tree in stage]
+    if hasattr(model, "tree_"):
+        values = model.tree_.value[:, 0, :]
+        return [values / values.sum(axis=1, keepdims=True) if hasattr(model, "classes_") else values]
+    inside = getattr(model, "estimators_", None)
+    trees = [] if inside is None else np.ravel(np.asarray(inside, dtype=object)).tolist()
+    weight = getattr(model, "learning_rate", None)
+    values = [each for tree in trees for each in leaf_values(tree)]
+    return [each * weight if weight is not None else each / len(trees) for each in values]
+
+# %% ../../nbs/model/conversion.ipynb #19822c62
+def _aligned(given: Sequence[float], exact: Sequence[float]) -> list[float] | None:
+    """`exact`, if it is what was rounded to `given`."""
+    import numpy as np
+
+    same = np.array_equal(np.asarray(given, dtype=np.float32), np.asarray(exact, dtype=np.float32))
+    return [float(value) for value in exact] if same else None
+
+
+def _at(trees: Sequence[Any], places: Iterable[tuple[int, int, int]]) -> list[float] | None:
+    """The values of `trees` at (tree, node, output); None if there is no such place."""
+    try:
+        return [trees[tree][node][output] for tree, node, output in places]
+    except IndexError:
+        return None
+
+
+def _exact(node: Any, final: Any) -> dict[str, list[float]] | None:
+    """The thresholds and weights of `final` in the order of a node of trees, by attribute.
+
+    None if the thresholds are not where they were expected; weights that are not are left out.
+    """
     has = {attribute.name: list(attribute.ints) or list(attribute.floats) for attribute in node.attribute}
-    found: list[float] = []
-    for tree, place, rounded in zip(
-        has["nodes_treeids"], has["nodes_nodeids"], has["nodes_values"], strict=True
+    splits = [[[value] for value in tree] for tree in split_values(final)]
+    places = zip(has["nodes_treeids"], has["nodes_nodeids"], strict=True)
+    values = _at(splits, ((tree, place, 0) for tree, place in places))
+    thresholds = _aligned(has["nodes_values"], values) if values is not None else None
+    if thresholds is None:
+        return None
+    found, leaves = {"nodes_values": thresholds}, leaf_values(final)
+    kind = "class" if "class_ids" in has else "target"
+    # Of two classes, the graph has the second one's share under the number of the first.
+    width, outputs = leaves[0].shape[1], has[f"{kind}_ids"]
+    columns = [min(1, width - 1)] * len(outputs) if kind == "class" and width <= 2 else outputs
+    ids = zip(has[f"{kind}_treeids"], has[f"{kind}_nodeids"], columns, strict=True)
+    for name, exact in (
+        (f"{kind}_weights", _at(leaves, ids)),
+        ("base_values", getattr(final, "_baseline_prediction", [[]])[0]),
     ):
-        if tree >= len(trees) or place >= len(trees[tree]):
-            return None
-        found.append(trees[tree][place])
-        if np.float32(found[-1]) != np.float32(rounded):
-            return None
+        aligned = _aligned(has.get(name, []), exact) if exact is not None and name in has else None
+        found |= {} if aligned is None else {name: aligned}
     return found
 
 # %% ../../nbs/model/conversion.ipynb #5b30ef2f
@@ -206,23 +271,38 @@ def set_thresholds(graph: Any, final: Any, width: Width) -> bool:
     from onnx import helper
 
     nodes = [node for node in graph.graph.node if node.op_type.startswith("TreeEnsemble")]
-    values = _thresholds(nodes[0], final) if len(nodes) == 1 else None
-    if values is None:
+    exact = _exact(nodes[0], final) if len(nodes) == 1 else None
+    if exact is None:
         return False
     [node] = nodes
     if width == "float32":
-        _replace(node, "nodes_values", helper.make_attribute("nodes_values", _below(values)))
+        below = helper.make_attribute("nodes_values", _below(exact["nodes_values"]))
+        _replace(node, "nodes_values", below)
         return True
-    has = {attribute.name: list(attribute.floats) for attribute in node.attribute}
-    for name in ("class_weights", "target_weights", "base_values"):
-        if name in has:
-            _replace(node, name, _tensor(name, has[name]))
-    _replace(node, "nodes_values", _tensor("nodes_values", values))
+    rounded = {attribute.name: list(attribute.floats) for attribute in node.attribute}
+    for name in ("nodes_values", "class_weights", "target_weights", "base_values"):
+        if name in rounded:
+            _replace(node, name, _tensor(name, exact.get(name, rounded[name])))
     _replace(node, "nodes_hitrates")
     for operators in graph.opset_import:
         if operators.domain == "ai.onnx.ml":
             operators.version = max(operators.version, 3)
     return True
+
+# %% ../../nbs/model/conversion.ipynb #c5a65203
+def equivalent(final: Any) -> Any:
+    """An estimator that answers as `final` does, where skl2onnx's converter for its own class does not."""
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+    from sklearn.linear_model import LogisticRegression, SGDClassifier
+    from sklearn.svm import LinearSVC
+
+    stand_ins = {LinearDiscriminantAnalysis: LogisticRegression, LinearSVC: SGDClassifier}
+    if type(final) not in stand_ins:
+        return final
+    stand_in = stand_ins[type(final)]()
+    for name in ("coef_", "intercept_", "classes_", "n_features_in_"):
+        setattr(stand_in, name, getattr(final, name))
+    return stand_in
 
 # %% ../../nbs/model/conversion.ipynb #c5a65200
 def _as_read(part: Any, final: Any, width: Width) -> Any:
@@ -231,11 +311,53 @@ def _as_read(part: Any, final: Any, width: Width) -> Any:
     from skl2onnx.sklapi import CastTransformer
     from sklearn.pipeline import Pipeline
 
-    if width == "float32" or hasattr(final, "_predictors") or not split_values(final):
+    stand_in = equivalent(final)
+    casts: list[tuple[str, Any]] = []
+    if width == "float64" and not hasattr(final, "_predictors") and split_values(final):
+        casts = [("single", CastTransformer(dtype=np.float32)), ("double", CastTransformer(dtype=np.float64))]
+    if stand_in is final and not casts:
         return part
     before = part.steps[:-1] if isinstance(part, Pipeline) else []
-    casts = [("single", CastTransformer(dtype=np.float32)), ("double", CastTransformer(dtype=np.float64))]
-    return Pipeline([*before, *casts, ("final", final)])
+    return Pipeline([*before, *casts, ("final", stand_in)])
+
+
+# The second is for converters that have not followed ONNX's fourth set of operators for trees.
+OPERATORS: tuple[dict[str, int] | None, ...] = (None, {"": 18, "ai.onnx.ml": 3})
+
+
+def _onnx(part: Any, inputs: Any, width: Width) -> Any:
+    """skl2onnx's graph of `part`; the first error of several attempts if there is none."""
+    from skl2onnx import convert_sklearn
+    from skl2onnx.common.exceptions import MissingShapeCalculator
+    from sklearn.preprocessing import FunctionTransformer
+
+    last, errors = part.steps[-1][1] if hasattr(part, "steps") else part, list[Exception]()
+    # Without `zipmap` probabilities are an array. Some estimators have no such option, and need none.
+    for options, operators in product(({id(last): {"zipmap": False}}, None), OPERATORS):
+        try:
+            return convert_sklearn(
+                part,
+                initial_types=_input_types(part, inputs, width),
+                options=options,
+                target_opset=operators,
+                custom_conversion_functions=_converters(),
+                custom_shape_calculators={FunctionTransformer: _shape_of_call},
+            )
+        except Exception as error:  # skl2onnx raises whatever a converter meets
+            errors.append(error)
+            if isinstance(error, MissingShapeCalculator | ModelError):
+                break
+    raise errors[0]
+
+# %% ../../nbs/model/conversion.ipynb #c5a65201
+def _words(error: Exception) -> str:
+    """What stood in the way of a graph, on one line."""
+    unknown = re.search(r"shape calculator for type '<class '([\w.]+)'>", str(error))
+    if unknown:
+        return f"skl2onnx has no converter for {unknown[1].split('.')[-1]}"
+    if isinstance(error, ModelError):
+        return str(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def convert(part: Any, inputs: Any, width: Width) -> bytes:
@@ -243,34 +365,14 @@ def convert(part: Any, inputs: Any, width: Width) -> bytes:
 
     `ModelError` says why there is none.
     """
-    from skl2onnx import convert_sklearn
-
     final = part.steps[-1][1] if hasattr(part, "steps") else part
-    options = {id(final): {"zipmap": False}} if hasattr(final, "predict_proba") else None
+    read = _as_read(part, final, width)
     try:
-        graph = convert_sklearn(
-            _as_read(part, final, width),
-            initial_types=_input_types(inputs, width),
-            options=options,
-            custom_conversion_functions=_converters(),
-        )
-    except Exception as error:  # skl2onnx raises whatever a converter meets
-        raise ModelError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+        graph = _onnx(read, inputs, width)
+    except Exception as error:
+        raise ModelError(_words(error)) from error
     set_thresholds(graph, final, width)
     for output in graph.graph.output:  # operators that give 32 bits are declared to give 64
         output.ClearField("type")
     content: bytes = graph.SerializeToString()
     return content
-
-# %% ../../nbs/model/conversion.ipynb #3a1e09e5
-def open_session(graph: bytes) -> Any:
-    """An ONNX Runtime session of a graph, on one thread. `ModelError` if it cannot be executed."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    try:
-        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has an exception for each status
-        raise ModelError(f"{' '.join(str(error).split())[:300]}") from error
