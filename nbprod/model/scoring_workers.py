@@ -98,7 +98,11 @@ def warm(model: Model) -> None:
     import pyarrow.csv
     import pyarrow.parquet  # noqa: F401
 
-    _ = model.contract, model.examples, model.pipeline
+    _ = model.contract, model.examples
+    if model.verdict["compiled"] != "no":
+        import onnxruntime  # noqa: F401
+    if model.verdict["compiled"] != "whole":
+        _ = model.pipeline
 
 
 def serve_parts() -> None:
