@@ -1,10 +1,10 @@
 """How long does it take to score 1,000,000 flights, and how much memory? By pandas, and by `nbprod score`.
 
-The model is the template's, trained here; the flights are a year's from New York, repeated. The script that
-`nbprod score` is compared with is the straightforward one: it reads the table, calls `predict` and
-`predict_proba`, and writes the same columns, Parquet in and Parquet out, with all cores for scikit-learn. The two
-take turns, each in processes of its own, and must agree. Memory is the largest sum of the proportional set sizes
-(PSS) of all processes of a side, sampled: memory that they share is counted once.
+The model is the template's, trained here; the flights are those of a year, repeated. `nbprod score` is compared
+with the straightforward script: it reads the table, calls `predict` and `predict_proba`, and writes the same
+columns, Parquet in and Parquet out, with all cores for scikit-learn. The two take turns, each in processes of
+its own, and must agree. Memory is the largest sum of the proportional set sizes (PSS) of all processes of a side,
+sampled: memory that they share is counted once.
 
 The last line is JSON: `speed` is pandas' time by ours, `memory` our peak by pandas', and `memory_10x` our peak on
 10,000,000 flights by that on 1,000,000.

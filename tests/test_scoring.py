@@ -567,14 +567,15 @@ def vanishing(model: Model, source: Path, output: Path, cluster: Cluster) -> Non
     """Score a table that only the driver sees: the workers look for it elsewhere."""
     from nbprod.model import scoring
 
-    original = scoring._execute
+    original = scoring.make_plan
 
-    def moved(*arguments: Any) -> Any:
-        source.rename(source.with_name("in.parquet.elsewhere"))
-        return original(*arguments)
+    def moved(*arguments: Any, **options: Any) -> Any:
+        plan = original(*arguments, **options)
+        source.rename(source.with_name("elsewhere.parquet"))
+        return plan
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "_execute", moved)
+        patch.setattr(scoring, "make_plan", moved)
         model.score_table(source, output, executor=cluster.address)
 
 

@@ -11,9 +11,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from nbprod.model.scoring_output import (
     pieces_of,
     publish,
 )
-from .scoring_part import answer_columns, answer_fields, split
+from .scoring_part import Work, answer_columns, answer_fields
 from nbprod.model.scoring_plan import (
     Plan,
     account,
@@ -39,7 +40,7 @@ from nbprod.model.scoring_plan import (
     part_folders,
     work_folder,
 )
-from .scoring_workers import Done, in_processes, in_this_process
+from .scoring_workers import Done, in_processes, in_this_process, loading
 from ..settings import LOCAL, executor_address, load_settings
 
 if TYPE_CHECKING:
@@ -48,20 +49,26 @@ if TYPE_CHECKING:
     from nbprod.model.store import Model
 
 # %% auto #0
-__all__ = ['UNUSUAL', 'words_of', 'Scored', 'Options', 'score_table']
+__all__ = ['Execute', 'UNUSUAL', 'place_to_work', 'words_of', 'Scored', 'Options', 'score_table']
 
 # %% ../../nbs/model/scoring.ipynb #0681a63f
-def _execute(
-    model: Model, plan: Plan, parts: list[Part], folders: Mapping[int, Path], jobs: int, executor: str
-) -> Iterator[Done]:
-    """Have parts scored; yields each with its facts when it is done."""
+Execute = Callable[[Work, list[Part], Mapping[int, Path]], Iterator[Done]]
+
+
+@contextlib.contextmanager
+def place_to_work(model: Model, source: str, executor: str, jobs: int) -> Iterator[Execute]:
+    """What scores parts of the tables at `source`: in `jobs` processes, here, or on a cluster."""
     if executor != LOCAL:
         from nbprod.model.scoring_cluster import on_cluster
 
-        return on_cluster(executor, model, plan.work, parts, folders)
-    if sys.platform != "linux" or any(file.place.startswith("memory://") for file in plan.work.files):
-        return in_this_process(model, plan.work, parts, folders)
-    return in_processes(model, plan.work, parts, folders, max(1, min(jobs, len(parts))))
+        yield partial(on_cluster, executor, model)
+    elif sys.platform != "linux" or source.startswith("memory://"):
+        yield partial(in_this_process, model)
+    else:
+        with loading(model, jobs) as server:
+            yield lambda work, parts, folders: in_processes(
+                server, work, parts, folders, max(1, min(jobs, len(parts)))
+            )
 
 # %% ../../nbs/model/scoring.ipynb #a1b085a1
 def words_of(findings: Sequence[Mapping[str, Any]]) -> str:
@@ -178,33 +185,37 @@ def _extent(plan: Plan, facts: Mapping[Part, Any]) -> tuple[int, int, str]:
 
 
 def _do(
-    model: Model, plan: Plan, folders: Mapping[int, Path], assemblies: Sequence[Assembly], options: Options
+    execute: Execute,
+    plan: Plan,
+    folders: Mapping[int, Path],
+    assemblies: Sequence[Assembly],
+    options: Options,
 ) -> int:
     """Do what is left of a plan, and put the output together; returns how many parts were done before."""
-    settings = load_settings(required=False)
-    address = executor_address(options.executor or settings.executor, "--executor")
     facts = done_parts(plan, folders)
     resumed = len(facts)
     todo = [part for parts in plan.parts.values() for part in parts if part not in facts]
-    execution: Iterator[Done] = iter(())
-    if todo:
-        execution = _execute(model, plan, todo, folders, options.jobs or settings.jobs, address)
     total, done, unit = _extent(plan, facts)
-    with count_progress(model.tag, total, unit, options.progress, done) as count:
-        together = _put_together(assemblies, facts, execution, options.strict)
-        with contextlib.closing(execution) if todo else contextlib.nullcontext():  # type: ignore[type-var]
-            for _, told in together:
-                count(told["rows"] if unit == "row" else 1)
+    with contextlib.ExitStack() as stack:
+        execution: Iterator[Done] = iter(())
+        if todo:
+            execution = execute(plan.work, todo, folders)
+            stack.callback(execution.close)  # type: ignore[attr-defined]
+        count = stack.enter_context(count_progress(plan.work.tag, total, unit, options.progress, done))
+        for _, told in _put_together(assemblies, facts, execution, options.strict):
+            count(told["rows"] if unit == "row" else 1)
     return resumed
 
 # %% ../../nbs/model/scoring.ipynb #507d3cf8
 @contextlib.contextmanager
 def _storing(target: Target) -> Iterator[None]:
     """Turn what a disk raises into `ScoreError`."""
+    import pyarrow as pa
+
     try:
         yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    except (OSError, pa.ArrowException) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         what = "There is no space left on the disk" if full else f"It failed: {error}"
         advice = "Make room and repeat the command" if full else "Repeat the command"
         raise ScoreError(f"{target} was not written. {what}. {advice}; what is done is kept.") from error
@@ -212,20 +223,25 @@ def _storing(target: Target) -> Iterator[None]:
 
 def _file_job(model: Model, source: str, output: str | Path, options: Options) -> Scored:
     """Score the table or the tables at `source` into `output`."""
-    began = time.monotonic()
-    files, alone = find_inputs(source)
-    target = find_target(output, alone)
-    check_target(target, files, source, options.force)
-    pieces = pieces_of(target, files)
-    plan = make_plan(model, files, options.keep, together=not target.folder)
-    folders = part_folders(plan, work_folder(target))
-    with _storing(target), account(target, folders.values()) as folder:
+    settings = load_settings(required=False)
+    executor = executor_address(options.executor or settings.executor, "--executor")
+    began, jobs = time.monotonic(), options.jobs or settings.jobs
+    with contextlib.ExitStack() as stack:
+        execute = stack.enter_context(place_to_work(model, source, executor, jobs))
+        files, alone = find_inputs(source)
+        target = find_target(output, alone)
+        check_target(target, files, source, options.force)
+        pieces = pieces_of(target, files)
+        plan = make_plan(model, files, options.keep, together=not target.folder)
+        folders = part_folders(plan, work_folder(target))
+        stack.enter_context(_storing(target))
+        folder = stack.enter_context(account(target, folders.values()))
         assemblies = [Assembly(piece, plan, folder / "whole", folders, target) for piece in pieces]
-        resumed = _do(model, plan, folders, assemblies, options)
+        resumed = _do(execute, plan, folders, assemblies, options)
         counts = [assembly.counts for assembly in assemblies]
         if sum(each.rows for each in counts) == sum(each.rejected for each in counts):
             first = words_of([line for each in counts for line in each.first][:3])
-            raise ScoreError(f"No row keeps the contract of {model.tag}, so nothing was written.\n  {first}")
+            raise ScoreError(f"No row keeps the contract, so nothing was written.\n  {first}")
         rejected = target.rejected if publish(target, folder / "whole", folder / "rejected") else None
     seconds = round(time.monotonic() - began, 3)
     return _scored(model, counts, target, seconds=seconds, rejected_output=rejected, resumed=resumed)
@@ -238,7 +254,7 @@ def _frame_job(model: Model, frame: pd.DataFrame, options: Options) -> pd.DataFr
     kept = kept_columns(list(frame.columns), model.contract.names, options.keep)
     file = InputFile("The frame", "frame", PARQUET, None, 0, "")
     check_columns(file, [str(name) for name in frame.columns], [*model.contract.names, *kept])
-    accepted, findings = split(model.contract, frame.reset_index(drop=True)[model.contract.names])
+    accepted, findings = model.contract.split(frame[model.contract.names])
     if findings and (options.strict or not len(accepted)):
         first = words_of([{"file": "The frame", **each} for each in findings[:5]])
         raise ContractError(first, list(findings[:100]))
@@ -254,14 +270,19 @@ def _frame_job(model: Model, frame: pd.DataFrame, options: Options) -> pd.DataFr
     return result
 
 
+def _is_frame(source: Any) -> bool:
+    """Whether it is a DataFrame; pandas is not imported to see that."""
+    pandas = sys.modules.get("pandas")
+    return pandas is not None and isinstance(source, pandas.DataFrame)
+
+
 @contextlib.contextmanager
 def _as_file(table: Any, place: Path) -> Iterator[str]:
     """The path of a Parquet file with what an Arrow table, data set or reader, or a frame, holds."""
-    import pandas as pd
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.Table.from_pandas(table) if isinstance(table, pd.DataFrame) else table
+    table = pa.Table.from_pandas(table) if _is_frame(table) else table
     batches = table.to_batches() if not isinstance(table, pa.RecordBatchReader) else table
     try:
         with pq.ParquetWriter(str(place), table.schema) as writer:
@@ -293,14 +314,12 @@ def score_table(
     are used, by default as many as there are cores, or the cluster at `executor`.
 
     Raises `UsageError` or `NotFoundError` for what cannot be begun, `ScoreError` if the job fails, `StoreError`
-    if a URL cannot be reached; nothing of the output is visible then, and the same call goes on where it stopped.
+    if a URL cannot be reached; nothing of the output is visible then, and the same call goes on from there.
     """
-    import pandas as pd
-
     options = Options(keep, strict, force, jobs, executor, progress)
-    if isinstance(source, pd.DataFrame) and output is None:
+    if _is_frame(source) and output is None:
         return _frame_job(model, source, options)
-    if not isinstance(source, (str, Path, pd.DataFrame)) and not hasattr(source, "schema"):
+    if not isinstance(source, (str, Path)) and not _is_frame(source) and not hasattr(source, "schema"):
         raise UsageError(
             f"A {type(source).__name__} cannot be scored: give a frame, an Arrow table, or a path."
         )
@@ -310,4 +329,6 @@ def score_table(
             if output is not None:
                 return _file_job(model, place, output, options)
             _file_job(model, place, scratch / "scored.parquet", options)
+            import pandas as pd
+
             return pd.read_parquet(scratch / "scored.parquet")

@@ -149,7 +149,7 @@ def _one(filesystem: Any, path: str, place: str) -> InputFile:
     return _input_file(filesystem, path, Path(path).name, facts, is_url(place))
 
 # %% ../../nbs/model/scoring_inputs.ipynb #38d57db8
-PART_ROWS, BATCH_ROWS = 2**17, 2**15  # of a part, and of what is in memory at once
+PART_ROWS, BATCH_ROWS = 2**17, 2**14  # of a part, and of what is in memory at once
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class ParquetReader:
         with reaching(self.place):
             source = file.open() if is_url(self.place) else self.place
             # Without these, Arrow would first read the whole group into memory.
-            self.file = pq.ParquetFile(source, pre_buffer=False, buffer_size=2**20)
+            self.file = pq.ParquetFile(source, pre_buffer=False, buffer_size=2**17)
         groups = (self.file.metadata.row_group(i).num_rows for i in range(self.file.num_row_groups))
         self.starts = [0]
         for rows in groups:

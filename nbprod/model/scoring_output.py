@@ -121,7 +121,9 @@ class TableWriter:
         if kind == CSV:
             self.writer = pyarrow.csv.CSVWriter(str(path), schema)
         else:
-            self.writer = pyarrow.parquet.ParquetWriter(str(path), self.schema)
+            # A dictionary of numbers that hardly repeat takes ten times the time and the memory.
+            texts = [each.name for each in schema if not pyarrow.types.is_primitive(each.type)]
+            self.writer = pyarrow.parquet.ParquetWriter(str(path), self.schema, use_dictionary=texts or False)
 
     def add(self, table: Any) -> None:
         """Add a table."""
@@ -172,9 +174,9 @@ class Assembly:
                 self.file, self.offset = part.file, 0
             told, base = facts[part], self.folders[part.file] / part_name(part)
             if told["rows"] > told["rejected"]:
-                self._add(self._read(base.with_suffix(".arrow")))
+                self._add(self._read(base.with_suffix(".arrow"), self.position))
             if told["rejected"]:
-                self._reject(self._read(base.with_suffix(".rejected")))
+                self._reject(self._read(base.with_suffix(".rejected"), True))
             self.counts.rows += told["rows"]
             self.counts.rejected += told["rejected"]
             self.counts.unusual.update({(name, kind): count for name, kind, count in told["unusual"]})
@@ -186,23 +188,27 @@ class Assembly:
         if not self.waiting and not self.closed:
             self._close()
 
-    def _read(self, path: Path) -> Any:
-        """The table of a part, with the positions of its rows in their file."""
+    def _read(self, path: Path, position: bool) -> Any:
+        """The table of a part; with the `position` of each row in its file, or without `row`."""
         import pyarrow as pa
-        import pyarrow.compute as pc
 
         with pa.memory_map(str(path)) as mapped:
             table = pa.ipc.open_stream(mapped).read_all()
+        if not position:
+            return table.remove_column(0)
+        import pyarrow.compute as pc  # with pandas, which is not imported where nobody needs it
+
         return table.set_column(0, "row", pc.add(table.column(0), self.offset))
 
-    def _add(self, table: Any) -> None:
+    def _open(self) -> TableWriter:
+        """The output, which is begun with the first table, or where there is none at the end."""
         if self.writer is None:
-            self.writer = TableWriter(
-                self.whole / self.piece.name, self._schema(), self.target.kind, self.tag
-            )
-        self.writer.add(
-            self._named(table) if self.named else table if self.position else table.remove_column(0)
-        )
+            path = self.whole / self.piece.name
+            self.writer = TableWriter(path, self._schema(), self.target.kind, self.tag)
+        return self.writer
+
+    def _add(self, table: Any) -> None:
+        self._open().add(self._named(table) if self.named else table)
 
     def _schema(self) -> Any:
         """The schema of the output."""
@@ -228,11 +234,7 @@ class Assembly:
         self.rejecting.add(table)
 
     def _close(self) -> None:
-        import pyarrow as pa
-
-        if self.writer is None:  # no row was accepted: a table without rows
-            self._add(pa.schema([("row", pa.int64()), *self.schema]).empty_table())
-        for writer in (self.writer, self.rejecting):
+        for writer in (self._open(), self.rejecting):
             if writer is not None:
                 writer.close()
         self.closed = True

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import NbprodError, ScoreError
+from ..errors import ContractError, NbprodError, ScoreError
 from ..files import write_atomic
 from .contract import Finding
 from .pipeline import Arrays
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['FIRST', 'answer_fields', 'answer_columns', 'Work', 'Batch', 'Reader', 'rejected_table', 'plain_array', 'plain_field',
-           'Scorer', 'split', 'unusual', 'part_name', 'score_part']
+           'Scorer', 'part_name', 'score_part']
 
 # %% ../../nbs/model/scoring_part.ipynb #b0521bf7
 def answer_fields(model: Model) -> list[Any]:
@@ -39,13 +39,22 @@ def answer_fields(model: Model) -> list[Any]:
     import pyarrow as pa
 
     predictions, probabilities = model.examples["predictions"], model.examples["probabilities"]
-    kind = pa.array(predictions).type
-    if pa.types.is_list(kind):
-        return [pa.field(f"prediction_{output}", kind.value_type) for output in range(len(predictions[0]))]
-    fields = [pa.field("prediction", kind)]
+    if isinstance(predictions[0], list):
+        columns = list(zip(*predictions, strict=True))
+        return [pa.field(f"prediction_{output}", _type_of(values)) for output, values in enumerate(columns)]
+    fields = [pa.field("prediction", _type_of(predictions))]
     if probabilities is not None:
         fields += [pa.field(f"probability_{label}", pa.float64()) for label in model.classes or ()]
     return fields
+
+
+def _type_of(values: Sequence[Any]) -> Any:
+    """The Arrow type of JSON values; found without Arrow's own inference, which would import pandas."""
+    import pyarrow as pa
+
+    kinds = {type(value) for value in values if value is not None}
+    known = {bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
+    return known[float] if kinds == {int, float} else known.get(kinds.pop(), pa.string())
 
 
 def answer_columns(arrays: Arrays, fields: Sequence[Any]) -> list[Any]:
@@ -197,11 +206,13 @@ class Scorer:
         """
         if not len(batch.frame):
             return None, rejected_table(batch, []) if batch.odd else None, Counter()
-        accepted, findings = split(self.model.contract, batch.frame)
+        accepted, findings = self.model.contract.split(batch.frame)
         rejected = rejected_table(batch, findings) if findings or batch.odd else None
         if not len(accepted):
             return None, rejected, Counter()
-        return self._answers(batch, accepted), rejected, unusual(self.model.contract, accepted)
+        counted = self.model.contract.unusual(accepted)
+        strange = {(name, kind): count for name, kinds in counted.items() for kind, count in kinds.items()}
+        return self._answers(batch, accepted), rejected, Counter(strange)
 
     def _answers(self, batch: Batch, accepted: pd.DataFrame) -> Any:
         import pyarrow as pa
@@ -218,32 +229,6 @@ class Scorer:
         ]
         schema = pa.schema([pa.field("row", pa.int64()), *map(plain_field, kept.schema), *self.fields])
         return pa.RecordBatch.from_arrays(columns, schema=schema)
-
-# %% ../../nbs/model/scoring_part.ipynb #01086613
-def split(contract: Any, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[Finding]]:
-    """The rows of a frame that keep the contract, and what is wrong with the others."""
-    if hasattr(contract, "split"):
-        accepted, findings = contract.split(frame)
-        return accepted, list(findings)
-    from nbprod.errors import ContractError
-
-    try:
-        return contract.check_frame(frame), []
-    except ContractError:
-        findings, kept = [], []
-        for row in range(len(frame)):
-            try:
-                contract.check_frame(frame.iloc[[row]].infer_objects())
-                kept.append(row)
-            except ContractError as error:
-                findings.append({**error.detail[0], "row": row})
-        return contract.check_frame(frame.iloc[kept].infer_objects()) if kept else frame.iloc[:0], findings
-
-
-def unusual(contract: Any, accepted: pd.DataFrame) -> Counter[tuple[str, str]]:
-    """How often a column has values that training did not have, by the column and the kind of them."""
-    counted = contract.unusual(accepted) if hasattr(contract, "unusual") else {}
-    return Counter({(name, kind): count for name, kinds in counted.items() for kind, count in kinds.items()})
 
 # %% ../../nbs/model/scoring_part.ipynb #1b3e1a79
 FIRST = 5  # findings that are told
@@ -288,6 +273,8 @@ def score_part(scorer: Scorer, part: Part, folder: Path) -> dict[str, Any]:
         for batch in scorer.reader.batches(part):
             try:
                 answers, refused, counted = scorer.batch(batch)
+            except ContractError as error:  # a column is of another kind as a whole
+                raise ContractError(f"{file.place}: {error}", error.detail) from error
             except NbprodError:
                 raise
             except Exception as error:  # a model may raise anything

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from nbprod.model.store import Model
 
 # %% auto #0
-__all__ = ['SERVER', 'THREADS', 'Done', 'Schedule', 'worker_environment', 'told', 'raise_told', 'warm', 'serve_parts',
-           'answer_tasks', 'Worker', 'in_processes', 'in_this_process']
+__all__ = ['SERVER', 'THREADS', 'Done', 'Schedule', 'worker_environment', 'told', 'raise_told', 'warm', 'serve_parts', 'loading',
+           'answer_tasks', 'Worker', 'Crew', 'in_processes', 'in_this_process']
 
 # %% ../../nbs/model/scoring_workers.ipynb #8eb13acd
 class Schedule:
@@ -75,7 +75,8 @@ THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ARROW_
 def worker_environment(jobs: int) -> dict[str, str]:
     """The environment of that many processes: together they have about as many threads as there are cores."""
     share = str(max(1, (os.cpu_count() or 1) // jobs))
-    return {**os.environ, **dict.fromkeys(THREADS, share), "ORT_DISABLE_TELEMETRY": "1"}
+    # Arrow's other allocators keep what they had at the peak.
+    return {"ARROW_DEFAULT_MEMORY_POOL": "system", **os.environ, **dict.fromkeys(THREADS, share)}
 
 
 def told(error: BaseException) -> dict[str, Any]:
@@ -111,7 +112,7 @@ def serve_parts() -> None:
 
     control, arguments = socket.socket(fileno=int(sys.argv[1])), json.loads(sys.argv[2])
     sys.path += [each for each in arguments["path"] if each not in sys.path]
-    model = Model(arguments["work"]["tag"], Path(arguments["model"]))
+    model = Model(arguments["tag"], Path(arguments["folder"]))
     try:
         warm(model)
         hello = {"ready": True}
@@ -122,11 +123,25 @@ def serve_parts() -> None:
     with contextlib.suppress(OSError):
         control.send(json.dumps(hello).encode())
     report, tasks, results = serve(control, orphans=False)
-    scorer = Scorer(model, Work.from_dict(arguments["work"]))
     with os.fdopen(tasks, "rb") as lines, os.fdopen(results, "wb") as answers:
-        answer_tasks(scorer, lines, answers)
+        work = lines.readline()
+        if work:
+            answer_tasks(Scorer(model, Work.from_dict(json.loads(work))), lines, answers)
     os.close(report)
     os._exit(0)
+
+
+@contextlib.contextmanager
+def loading(model: Model, jobs: int) -> Iterator[ForkServer]:
+    """The process that loads a model, for so many workers; it is at it while something else is done here."""
+    folder = model.file("contract.json").parent
+    arguments = {"tag": model.tag, "folder": str(folder), "path": sys.path}
+    server = ForkServer(SERVER, arguments, worker_environment(jobs))
+    try:
+        yield server
+    finally:
+        server.process.kill()  # there is nothing that it could lose
+        server.close()
 
 
 def answer_tasks(scorer: Scorer, lines: IO[bytes], answers: IO[bytes]) -> None:
@@ -144,7 +159,7 @@ def answer_tasks(scorer: Scorer, lines: IO[bytes], answers: IO[bytes]) -> None:
 class Worker:
     """A process that scores one part at a time; `part` is what it is at."""
 
-    def __init__(self, server: ForkServer) -> None:
+    def __init__(self, server: ForkServer, work: Work) -> None:
         tasks, requests = os.pipe()
         events, results = os.pipe()
         ours, report = socket.socketpair()
@@ -156,16 +171,18 @@ class Worker:
             os.close(results)
         self.process = ForkedProcess(ours, os.fdopen(requests, "wb"), os.fdopen(events, "rb"))
         self.part: Part | None = None
+        self._send(work.as_dict())
+
+    def _send(self, value: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):  # it has died, which is seen where its answer is awaited
+            self.process.stdin.write(json.dumps(value).encode() + b"\n")
+            self.process.stdin.flush()
 
     def begin(self, part: Part, folder: Path) -> None:
         """Have it score a part."""
         self.part = part
-        assert self.process.stdin is not None
-        with contextlib.suppress(OSError):  # it has died, which is seen where its answer is awaited
-            self.process.stdin.write(
-                json.dumps({"part": asdict(part), "folder": str(folder)}).encode() + b"\n"
-            )
-            self.process.stdin.flush()
+        self._send({"part": asdict(part), "folder": str(folder)})
 
     def answer(self) -> dict[str, Any] | None:
         """The facts of its part, or an error, as soon as it tells them; None if it has died."""
@@ -187,72 +204,86 @@ class Worker:
 Done = tuple[Part, dict[str, Any]]
 
 
-def _lost(worker: Worker, part: Part, work: Work, tries: Counter[Part]) -> None:
-    """Count a part whose process has died. Raises `ScoreError` if it was not the first one."""
-    tries[part] += 1
-    if tries[part] > 1:
-        place, code = work.files[part.file].place, worker.process.wait()
-        raise ScoreError(
-            f"Two processes died at part {part.number} of {place} (the last with status {code}): "
-            "memory may have run out. Repeat the command with fewer --jobs; what is done is kept."
-        )
+class Crew:
+    """The workers of a job, each at a part as long as there are any."""
 
+    def __init__(
+        self, server: ForkServer, work: Work, parts: Iterable[Part], folders: Mapping[int, Path]
+    ) -> None:
+        self.server, self.work, self.folders = server, work, folders
+        self.schedule, self.tries = Schedule(parts), Counter[Part]()
+        self.waiting = selectors.DefaultSelector()
+        self.workers: set[Worker] = set()
 
+    def hire(self) -> None:
+        """Add a worker, and give it a part."""
+        worker = Worker(self.server, self.work)
+        self.workers.add(worker)
+        assert worker.process.stdout is not None
+        self.waiting.register(worker.process.stdout, selectors.EVENT_READ, worker)
+        self.go_on(worker)
+
+    def go_on(self, worker: Worker) -> None:
+        """Give a worker its next part, if there is one."""
+        worker.part = None
+        part = self.schedule.next(worker)
+        if part is not None:
+            worker.begin(part, self.folders[part.file])
+
+    def replace(self, worker: Worker) -> None:
+        """Hire another worker for one that died. Raises `ScoreError` if one had died at its part before."""
+        part = worker.part
+        assert worker.process.stdout is not None
+        self.waiting.unregister(worker.process.stdout)
+        self.workers.discard(worker)
+        worker.close()
+        if part is not None:
+            self.tries[part] += 1
+            if self.tries[part] > 1:
+                where = f"part {part.number} of {self.work.files[part.file].place}"
+                raise ScoreError(
+                    f"Two processes died at {where} (the last with status {worker.process.wait()}): memory "
+                    "may have run out. Repeat the command with fewer --jobs; what is done is kept."
+                )
+            self.schedule.give_back(part, worker)
+        self.hire()
+
+    def results(self) -> Iterator[Done]:
+        """Each part with its facts, when it is done; ends with the last one."""
+        while any(worker.part for worker in self.workers):
+            for key, _ in self.waiting.select():
+                worker: Worker = key.data
+                part, facts = worker.part, worker.answer()
+                if facts is None or part is None:
+                    self.replace(worker)
+                    continue
+                raise_told(facts)
+                self.go_on(worker)
+                yield part, facts
+
+    def close(self) -> None:
+        """End all workers."""
+        for worker in self.workers:
+            worker.close()
+        self.waiting.close()
+
+# %% ../../nbs/model/scoring_workers.ipynb #70a38ca6
 def in_processes(
-    model: Model, work: Work, parts: Iterable[Part], folders: Mapping[int, Path], jobs: int
+    server: ForkServer, work: Work, parts: Iterable[Part], folders: Mapping[int, Path], jobs: int
 ) -> Iterator[Done]:
-    """Score parts in so many processes of this machine; yields each part with its facts when it is done.
+    """Score parts in so many copies of `server`; yields each part with its facts when it is done.
 
     Raises `NbprodError` as `score_part` does, and `ScoreError` for a part whose processes die.
     """
-    schedule, tries = Schedule(parts), Counter[Part]()
-    arguments = {"work": work.as_dict(), "model": str(model.file("contract.json").parent), "path": sys.path}
-    server = ForkServer(SERVER, arguments, worker_environment(jobs))
-    workers: set[Worker] = set()
+    ended = {"error": "ScoreError", "message": f"{work.tag} cannot be loaded: its process has ended."}
+    raise_told(server.hello() or ended)
+    crew = Crew(server, work, parts, folders)
     try:
-        with selectors.DefaultSelector() as waiting:
-
-            def start(part: Part | None, worker: Worker) -> None:
-                if part is not None:
-                    worker.begin(part, folders[part.file])
-
-            def hire() -> None:
-                worker = Worker(server)
-                workers.add(worker)
-                assert worker.process.stdout is not None
-                waiting.register(worker.process.stdout, selectors.EVENT_READ, worker)
-                start(schedule.next(worker), worker)
-
-            def fire(worker: Worker) -> None:
-                assert worker.process.stdout is not None
-                waiting.unregister(worker.process.stdout)
-                workers.discard(worker)
-                worker.close()
-
-            hello = server.hello()
-            raise_told(
-                hello or {"error": "ScoreError", "message": f"{work.tag} cannot be loaded in a process."}
-            )
-            for _ in range(jobs):
-                hire()
-            while any(worker.part for worker in workers):
-                for key, _ in waiting.select():
-                    worker = key.data
-                    part, facts = worker.part, worker.answer()
-                    if facts is None:
-                        schedule.give_back(part, worker) if part else None
-                        fire(worker)
-                        _lost(worker, part, work, tries) if part else None
-                        hire()
-                        continue
-                    raise_told(facts)
-                    worker.part = None
-                    start(schedule.next(worker), worker)
-                    yield part, facts
+        for _ in range(jobs):
+            crew.hire()
+        yield from crew.results()
     finally:
-        for worker in workers:
-            worker.close()
-        server.close()
+        crew.close()
 
 # %% ../../nbs/model/scoring_workers.ipynb #74d28dfd
 def in_this_process(
