@@ -22,7 +22,8 @@ __all__ = ['Argument', 'Command', 'VERBS', 'MODEL', 'ALLOW_PICKLE', 'NAME', 'NOT
            'whole_number', 'print_lineage', 'runs_command', 'share_waiting', 'list_runs', 'show_command',
            'compare_command', 'index_command', 'note_pickles', 'models_command', 'show_model', 'push_command',
            'pull_command', 'print_releases', 'promote_command', 'rollback_command', 'releases_command', 'build_command',
-           'serve_command', 'containerize_command', 'monitor_command', 'make_parser', 'join_sort', 'main']
+           'serve_command', 'containerize_command', 'score_command', 'monitor_command', 'make_parser', 'join_sort',
+           'main']
 
 # %% ../nbs/cli.ipynb #df3968bb
 def text(value: Any) -> str:
@@ -755,6 +756,34 @@ def containerize_command(arguments: argparse.Namespace) -> None:
 
     image = containerize(arguments.model, arguments.tag, allow_pickle=arguments.allow_pickle)
     print_json(asdict(image)) if arguments.json else print(f"{image.image}  {image.digest}")
+
+
+@verb(
+    MODEL,
+    takes("input", help="Parquet or CSV: a file, a folder, a quoted pattern such as 'in/*.csv', or a URL"),
+    takes("output", help="a file ending in .parquet or .csv; for several inputs also a folder"),
+    takes(
+        "--keep",
+        type=split_names,
+        metavar="NAMES",
+        help="columns to carry through, such as id,late; '*' for all (default: what the model does not take)",
+    ),
+    takes("--strict", action="store_true", help="fail at rows that break the contract (default: set aside)"),
+    takes("--force", action="store_true", help="replace the output, if it exists"),
+    takes("--jobs", type=whole_number, metavar="N", help="processes (default: cores)"),
+    takes("--executor", metavar="ADDRESS", help="local, or a Dask scheduler's tcp://HOST:PORT"),
+    ALLOW_PICKLE,
+    JSON,
+)
+def score_command(arguments: argparse.Namespace) -> None:
+    """Score tables larger than memory; the same command goes on where it was interrupted."""
+    from nbprod.release.ledger import load_model
+
+    names = ("keep", "strict", "force", "jobs", "executor")
+    options = {name: getattr(arguments, name) for name in names}
+    model = load_model(arguments.model, allow_pickle=arguments.allow_pickle)
+    scored = model.score_table(arguments.input, arguments.output, **options)
+    print_json(scored.as_dict()) if arguments.json else print(scored)
 
 # %% ../nbs/cli.ipynb #994104ea
 @verb(NAME, takes("--since", help="7d, 12h, 30m or an ISO 8601 time (default: everything)"), JSON)

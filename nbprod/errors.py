@@ -11,8 +11,8 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['NbprodError', 'UsageError', 'SettingsError', 'ParameterError', 'NotFoundError', 'did_you_mean', 'RunError',
-           'SharingError', 'CellError', 'ClusterError', 'ModelError', 'ReleaseError', 'StoreError', 'ServeError',
-           'ContractError']
+           'SharingError', 'CellError', 'ClusterError', 'ModelError', 'ScoreError', 'ReleaseError', 'StoreError',
+           'ServeError', 'ContractError']
 
 # %% ../nbs/errors.ipynb #cdd59dc5
 class NbprodError(Exception):
@@ -79,6 +79,10 @@ class ClusterError(NbprodError):
 
 class ModelError(NbprodError):
     """A model cannot be logged, loaded or stored."""
+
+
+class ScoreError(NbprodError):
+    """A table could not be scored; nothing of its output was written."""
 
 
 class ReleaseError(NbprodError):

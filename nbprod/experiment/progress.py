@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nbprod.experiment.runs import Run
 
 # %% auto #0
-__all__ = ['Listener', 'wants_progress', 'byte_progress', 'cell_progress', 'run_state', 'run_progress']
+__all__ = ['Listener', 'wants_progress', 'byte_progress', 'cell_progress', 'count_progress', 'run_state', 'run_progress']
 
 # %% ../../nbs/experiment/progress.ipynb #ab72a9c3
 def wants_progress(progress: bool | None) -> bool:
@@ -76,6 +76,20 @@ def cell_progress(label: str, progress: bool | None, stream: bool | TextIO = Fal
         yield hear
 
 # %% ../../nbs/experiment/progress.ipynb #5bb90eb5
+@contextlib.contextmanager
+def count_progress(
+    label: str, total: int, unit: str, progress: bool | None, done: int = 0
+) -> Iterator[Callable[[int], object]]:
+    """A progress bar over `total` things, of which some are `done`; yields what wants to hear of more."""
+    with _bar(progress, desc=label, total=total, initial=done, unit=unit, unit_scale=True) as bar:
+
+        def hear(more: int) -> None:
+            if bar is not None:
+                bar.update(more)
+
+        yield hear
+
+
 def run_state(failed: int, best: Run | None, goal: Goal | None) -> dict[str, str]:
     """What to say of runs that have ended: how many failed, and the best of the goal's metric."""
     state = {"failed": str(failed)} if failed else {}

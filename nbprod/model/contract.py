@@ -5,220 +5,26 @@
 # %% ../../nbs/model/contract.ipynb #9217789d
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ContractError
+from . import validation
+from .column import Column as Column
+from .inference import infer_columns
+from .rejection import Finding as Finding, refuse as refuse, shorten as shorten
+from .rows import RowReader, plain_values
+from .schema import json_schema as json_schema
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['MAXIMUM_CATEGORIES', 'YEARS', 'MAXIMUM_FINDINGS', 'Finding', 'Column', 'column_type', 'infer_column', 'fits',
-           'shorten', 'refuse', 'to_series', 'Contract', 'infer_contract', 'json_schema', 'plain_rows']
+__all__ = ['VERSION', 'Contract', 'infer_contract', 'plain_rows']
 
 # %% ../../nbs/model/contract.ipynb #240bf1eb
-@dataclass(frozen=True)
-class Column:
-    """One input column of a model, as it was in the training data.
-
-    `type` is one of int, float, bool, string, datetime; `dtype` is pandas' name for it. `categories` are the
-    training values of a string column with at most `MAXIMUM_CATEGORIES` of them, else None; `minimum` and
-    `maximum` bound the training values of a number. `example` is one training value, for documentation.
-    """
-
-    name: str
-    type: str
-    dtype: str
-    nullable: bool = False
-    categories: tuple[str, ...] | None = None
-    minimum: float | None = None
-    maximum: float | None = None
-    example: Any = None
-    description: str = ""
-
-# %% ../../nbs/model/contract.ipynb #54805042
-MAXIMUM_CATEGORIES = 1000
-
-
-def _text_type(name: str, values: pd.Series) -> str:
-    """`string` for a column of text; anything else among its values is an error that names the rows."""
-    wrong = values.dropna().map(lambda value: not isinstance(value, str))
-    if wrong.any():
-        labels = list(wrong[wrong].index[:3])
-        kinds = sorted({type(values.loc[label]).__name__ for label in labels})
-        raise ContractError(
-            f"Column {name!r} mixes text with {', '.join(kinds)} (rows {labels}). "
-            "Give it one type before the model is logged."
-        )
-    return "string"
-
-# %% ../../nbs/model/contract.ipynb #60d9f8c8
-def column_type(values: pd.Series) -> str:
-    """The contract's type of a pandas column: int, float, bool, string or datetime."""
-    from pandas.api import types
-
-    dtype = values.dtype
-    if types.is_bool_dtype(dtype):
-        return "bool"
-    if types.is_integer_dtype(dtype):
-        return "int"
-    if types.is_float_dtype(dtype):
-        return "float"
-    if types.is_datetime64_any_dtype(dtype):
-        return "datetime"
-    return _text_type(str(values.name), values.astype(object))
-
-# %% ../../nbs/model/contract.ipynb #08ac85e6
-def _plain(value: Any, type_name: str) -> Any:
-    """One pandas value as a JSON value."""
-    casts: dict[str, Callable[[Any], Any]] = {
-        "int": int,
-        "float": float,
-        "bool": bool,
-        "string": str,
-        "datetime": lambda moment: moment.isoformat(),
-    }
-    return casts[type_name](value)
-
-# %% ../../nbs/model/contract.ipynb #f9920cf2
-def infer_column(values: pd.Series) -> Column:
-    """The `Column` that describes a pandas column of training data."""
-    kind, present = column_type(values), values.dropna()
-    categories = tuple(sorted(present.astype(str).unique())) if kind == "string" else ()
-    numeric = kind in ("int", "float") and len(present) > 0
-    return Column(
-        name=str(values.name),
-        type=kind,
-        dtype=str(values.dtype),
-        nullable=bool(values.isna().any()),
-        categories=categories if 0 < len(categories) <= MAXIMUM_CATEGORIES else None,
-        minimum=_plain(present.min(), kind) if numeric else None,
-        maximum=_plain(present.max(), kind) if numeric else None,
-        example=_plain(present.iloc[0], kind) if len(present) else None,
-    )
-
-# %% ../../nbs/model/contract.ipynb #8164ad6b
-def _is_int(value: Any, lowest: int, highest: int) -> bool:
-    whole = type(value) is int or (type(value) is float and value.is_integer())
-    return whole and lowest <= value <= highest
-
-# %% ../../nbs/model/contract.ipynb #5144d2fb
-def _is_float(value: Any, largest: float) -> bool:
-    # The comparison is false for NaN too, and exact for integers of any length.
-    return type(value) in (int, float) and abs(value) <= largest
-
-# %% ../../nbs/model/contract.ipynb #1759eacb
-YEARS = range(1678, 2262)
-
-
-def _is_datetime(value: Any, zoned: bool) -> bool:
-    if not isinstance(value, str):
-        return False
-    try:
-        moment = datetime.fromisoformat(value)
-    except ValueError:
-        return False
-    return (moment.tzinfo is not None) == zoned and moment.year in YEARS
-
-# %% ../../nbs/model/contract.ipynb #1d009cca
-def _fits_int(dtype: str) -> tuple[Callable[[Any], bool], str]:
-    """The test of a JSON value for an integer dtype, and what it asks for in words."""
-    import numpy as np
-
-    bounds = np.iinfo(dtype.lower())
-    span = "" if bounds.bits == 64 else f" from {bounds.min} to {bounds.max}"
-    test = partial(_is_int, lowest=int(bounds.min), highest=int(bounds.max))
-    return test, f"must be a whole number{span}"
-
-# %% ../../nbs/model/contract.ipynb #76224890
-def fits(column: Column) -> tuple[Callable[[Any], bool], str]:
-    """The test of a non-null JSON value for `column`, and what it asks for in words."""
-    import numpy as np
-
-    if column.type == "datetime":
-        zoned = "," in column.dtype
-        words = f"must be an ISO 8601 time with{'' if zoned else 'out'} a zone, of the years 1678 to 2261"
-        return partial(_is_datetime, zoned=zoned), words
-    if column.type == "int":
-        return _fits_int(column.dtype)
-    if column.type == "float":
-        largest = float(np.finfo(column.dtype.lower()).max)
-        return partial(_is_float, largest=largest), "must be a finite number"
-    if column.type == "bool":
-        return (lambda value: type(value) is bool), "must be true or false"
-    return (lambda value: isinstance(value, str)), "must be a string"
-
-# %% ../../nbs/model/contract.ipynb #3ff5956d
-MAXIMUM_FINDINGS = 100
-Finding = dict[str, object]
-
-
-def shorten(value: Any) -> str:
-    """`value` as it is shown in an error: its repr, at most 40 characters."""
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-# %% ../../nbs/model/contract.ipynb #44abdb2c
-def _key_findings(row: int, given: Any, names: Sequence[str]) -> list[Finding]:
-    """What is wrong with the keys of one row."""
-    if not isinstance(given, Mapping):
-        return [{"row": row, "column": None, "message": f"must be an object, got {shorten(given)}"}]
-    missing = [{"row": row, "column": name, "message": "is missing"} for name in names if name not in given]
-    known = set(names)
-    unknown = [
-        {
-            "row": row,
-            "column": shorten(name)[1:-1] if isinstance(name, str) else shorten(name),
-            "message": "is not a column of this model",
-        }
-        for name in given
-        if name not in known
-    ]
-    return [*missing, *unknown]
-
-# %% ../../nbs/model/contract.ipynb #3d600daa
-def _value_findings(column: Column, values: Sequence[Any]) -> list[Finding]:
-    """What is wrong with the values of one column."""
-    check, words = fits(column)
-    findings: list[Finding] = []
-    for row, value in enumerate(values):
-        if value is None:
-            if not column.nullable:
-                findings.append({"row": row, "column": column.name, "message": "must not be null"})
-        elif not check(value):
-            message = f"{words}, got {shorten(value)}"
-            findings.append({"row": row, "column": column.name, "message": message})
-    return findings
-
-# %% ../../nbs/model/contract.ipynb #545989c5
-def refuse(findings: Sequence[Finding]) -> ContractError:
-    """The error for `findings`: the first one in words, all of them (up to a page) in `detail`."""
-    first = findings[0]
-    where = f"row {first['row']}" + (f", column {first['column']!r}" if first["column"] is not None else "")
-    more = f" ({len(findings)} findings in all)" if len(findings) > 1 else ""
-    return ContractError(f"{where}: {first['message']}{more}", list(findings[:MAXIMUM_FINDINGS]))
-
-# %% ../../nbs/model/contract.ipynb #d89bc98a
-def to_series(column: Column, values: Sequence[Any]) -> pd.Series:
-    """Checked JSON `values` as a pandas column with the training dtype."""
-    import pandas as pd
-
-    if column.type == "datetime":
-        moments = [None if value is None else datetime.fromisoformat(value) for value in values]
-        if "," in column.dtype:
-            moments = [moment and moment.astimezone(UTC) for moment in moments]
-        unit = "datetime64[us, UTC]" if "," in column.dtype else "datetime64[us]"
-        return pd.Series(moments, dtype=unit).astype(column.dtype)
-    if column.type == "float":
-        return pd.Series([math.nan if value is None else value for value in values], dtype=column.dtype)
-    return pd.Series(values, dtype=column.dtype)
-
-# %% ../../nbs/model/contract.ipynb #f835a653
 @dataclass(frozen=True)
 class Contract:
     """The input columns of a model, in the order of its training frame."""
@@ -230,144 +36,101 @@ class Contract:
         """The column names, in order."""
         return [column.name for column in self.columns]
 
+    @cached_property
+    def reader(self) -> RowReader:
+        """What reads JSON rows by this contract."""
+        return RowReader(self.columns)
+
     def frame(self, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         """JSON `rows` as a frame of `len(rows)` by `len(columns)` with the training dtypes.
 
         Raises `ContractError` with every finding (row, column, message) if any row breaks the contract.
         """
-        return _frame(self, rows)
+        return self.reader.frame(rows)
 
     def check_frame(self, frame: pd.DataFrame) -> pd.DataFrame:
         """The contract's columns of `frame`, in order and with the training dtypes; others are left out.
 
-        Raises `ContractError` where a column is missing, has a null it may not have, or another type.
+        Raises `ContractError` where a column is missing, has a null it may not have, or another type;
+        findings name the rows by their labels.
         """
-        return _checked(self, frame)
+        return validation.check_frame(self.columns, frame)
+
+    def split(self, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[Finding]]:
+        """The rows of `frame` that keep the contract, and what is wrong with the others.
+
+        The first has the training dtypes and the positions in `frame` (from 0) as index; the second at least
+        one finding (row, its position, column, message) for each rejected row, in order. Numbers, truth
+        values and times may be text, as in a CSV file. Raises `ContractError` where a column is missing or is
+        of another kind as a whole.
+        """
+        return validation.split(self.columns, frame)
+
+    def unusual(self, checked: pd.DataFrame) -> dict[str, dict[str, int]]:
+        """How many values of a checked frame training had not seen, by column and kind.
+
+        The kinds are below and above (the training range) and unseen (categories). What does not occur is
+        left out.
+        """
+        return validation.unusual(self.columns, checked)
 
     def as_dict(self) -> dict[str, Any]:
         """The contract as JSON values; `from_dict` reads it."""
-        return {"columns": [asdict(column) for column in self.columns]}
+        return {"version": VERSION, "columns": [_column_as_dict(column) for column in self.columns]}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Contract:
-        """The contract that `as_dict` wrote."""
-        return cls(tuple(_column_from_dict(each) for each in value["columns"]))
+        """The contract that `as_dict` wrote, today or in an earlier version."""
+        return cls(tuple(_column_from_dict(each) for each in _readable(value)["columns"]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Contract, (self.columns,)  # what is derived is made again, not sent along
+
+# %% ../../nbs/model/contract.ipynb #9168c16d
+VERSION = 2
+
+
+def _column_as_dict(column: Column) -> dict[str, Any]:
+    always = ("name", "type", "dtype", "nullable")
+    found = {
+        name: value
+        for name, value in asdict(column).items()
+        if name in always or value != getattr(Column(), name)
+    }
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
 def _column_from_dict(value: Mapping[str, Any]) -> Column:
-    categories = value["categories"]
-    return Column(**{**value, "categories": None if categories is None else tuple(categories)})
+    known = {each.name for each in fields(Column)}
+    given = {name: each for name, each in value.items() if name in known}
+    if given["dtype"] == "category":
+        given["type"] = "category"
+    if given.get("categories") is not None:
+        given["categories"] = tuple(given["categories"])
+    return Column(**given)
 
-# %% ../../nbs/model/contract.ipynb #c1d1b2a0
-def infer_contract(frame: pd.DataFrame) -> Contract:
-    """The contract of a training frame: one `Column` a column, by pandas' dtypes and the values."""
-    names = [str(name) for name in frame.columns]
-    if len(set(names)) < len(names):
-        raise ContractError(f"The frame has two columns of one name: {names}. Rename them.")
-    if not names:
-        raise ContractError("The frame has no columns: there is nothing to predict from.")
-    return Contract(tuple(infer_column(frame.iloc[:, i].rename(name)) for i, name in enumerate(names)))
 
-# %% ../../nbs/model/contract.ipynb #a2469877
-def _frame(contract: Contract, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    import pandas as pd
+def _readable(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`value`, unless it was written by a later version."""
+    version = value.get("version", 1)
+    if version > VERSION:
+        raise ContractError(
+            f"The contract has the form {version}, and this nbprod reads up to {VERSION}: upgrade nbprod."
+        )
+    return value
 
-    names = contract.names
-    expected = frozenset(names)
-    findings = [
-        finding
-        for index, row in enumerate(rows)
-        if not isinstance(row, Mapping) or row.keys() != expected
-        for finding in _key_findings(index, row, names)
-    ]
-    if findings:
-        raise refuse(findings)
-    values = {column.name: [row[column.name] for row in rows] for column in contract.columns}
-    findings = [
-        found for column in contract.columns for found in _value_findings(column, values[column.name])
-    ]
-    if findings:
-        raise refuse(sorted(findings, key=lambda found: int(str(found["row"]))))
-    return pd.DataFrame({column.name: to_series(column, values[column.name]) for column in contract.columns})
+# %% ../../nbs/model/contract.ipynb #54805042
+def infer_contract(frame: pd.DataFrame, columns: Mapping[str, Column] | None = None) -> Contract:
+    """The contract of a training frame: one `Column` a column, by pandas' dtypes and the values.
+
+    `columns` is what the author says of some of them, by name. Raises `ContractError` where a column cannot
+    be sent as JSON, or the data break what is said of it.
+    """
+    return Contract(infer_columns(frame, columns))
 
 # %% ../../nbs/model/contract.ipynb #5b752494
-def _cast(column: Column, values: pd.Series) -> pd.Series:
-    """`values` with the training dtype, refused if a number or a text would change by it."""
-    kind = column_type(values)
-    if values.notna().any() and kind != column.type and (kind, column.type) != ("int", "float"):
-        message = f"must be {column.type}, got {kind}"
-        raise refuse([{"row": values.index[0], "column": column.name, "message": message}])
-    try:
-        return values.astype(column.dtype)
-    except (TypeError, ValueError) as error:
-        message = f"cannot be read as {column.dtype}: {error}"
-        raise refuse([{"row": values.index[0], "column": column.name, "message": message}]) from error
-
-# %% ../../nbs/model/contract.ipynb #5dc5985b
-def _checked(contract: Contract, frame: pd.DataFrame) -> pd.DataFrame:
-    missing = [name for name in contract.names if name not in frame.columns]
-    if missing:
-        raise refuse([{"row": None, "column": name, "message": "is missing"} for name in missing])
-    result = frame[contract.names].copy()
-    for column in contract.columns:
-        values = result[column.name]
-        nulls = values.isna()
-        if nulls.any() and not column.nullable:
-            raise refuse([{"row": nulls.idxmax(), "column": column.name, "message": "must not be null"}])
-        if str(values.dtype) != column.dtype:
-            result[column.name] = _cast(column, values)
-    return result
-
-# %% ../../nbs/model/contract.ipynb #2a7616e3
-def _seen_in_training(column: Column) -> str:
-    if column.categories is not None:
-        more = ", …" if len(column.categories) > 12 else ""
-        return f"training values {', '.join(column.categories[:12])}{more}"
-    if column.minimum is not None and column.maximum is not None:
-        return f"training values {column.minimum:g} to {column.maximum:g}"
-    return ""
-
-# %% ../../nbs/model/contract.ipynb #59b9cadd
-_JSON_TYPES = {
-    "int": "integer",
-    "float": "number",
-    "bool": "boolean",
-    "string": "string",
-    "datetime": "string",
-}
-
-
-def _column_schema(column: Column, openapi: bool) -> dict[str, Any]:
-    kind = _JSON_TYPES[column.type]
-    schema: dict[str, Any] = {"type": [kind, "null"] if column.nullable and not openapi else kind}
-    if column.nullable and openapi:
-        schema["nullable"] = True
-    if column.type == "datetime":
-        schema["format"] = "date-time"
-    if column.example is not None:
-        schema["example" if openapi else "examples"] = column.example if openapi else [column.example]
-    text = "; ".join(part for part in (column.description, _seen_in_training(column)) if part)
-    return schema | ({"description": text} if text else {})
-
-# %% ../../nbs/model/contract.ipynb #4fa85527
-def json_schema(contract: Contract, *, openapi: bool = False) -> dict[str, Any]:
-    """The JSON Schema of one row; with `openapi=True` in the dialect of OpenAPI 3.0."""
-    return {
-        "type": "object",
-        "properties": {column.name: _column_schema(column, openapi) for column in contract.columns},
-        "required": contract.names,
-        "additionalProperties": False,
-    }
-
-# %% ../../nbs/model/contract.ipynb #353baed5
-def _plain_values(column: Column, values: pd.Series) -> list[Any]:
-    """One column as JSON values, None where it is null."""
-    pairs = zip(values, values.notna(), strict=True)
-    return [_plain(value, column.type) if present else None for value, present in pairs]
-
-# %% ../../nbs/model/contract.ipynb #f9d7b6c8
 def plain_rows(contract: Contract, frame: pd.DataFrame) -> list[dict[str, Any]]:
     """`frame` as JSON rows: nulls are None, times are ISO 8601; `contract.frame` reads them back."""
     checked = contract.check_frame(frame)
-    columns = [_plain_values(column, checked[column.name]) for column in contract.columns]
+    columns = [plain_values(column, checked[column.name]) for column in contract.columns]
     return [dict(zip(contract.names, row, strict=True)) for row in zip(*columns, strict=True)]

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
+    from nbprod.model.scoring import Scored
+
 # %% auto #0
 __all__ = ['EXACT', 'staging_folder', 'commit', 'make_importable', 'read_json', 'share', 'name_latest', 'bring', 'Version',
            'Model', 'check_loadable', 'shared_models', 'shared_model', 'local_models', 'models', 'load']
@@ -291,6 +293,14 @@ class Model(Version):
         checked = self.contract.check_frame(frame)
         found = self.predictor.compute(checked).probabilities if self.predictor else None
         return self.pipeline.predict_proba(checked) if found is None else found
+
+    def score_table(
+        self, source: Any, output: str | Path | None = None, **options: Any
+    ) -> Scored | pd.DataFrame:
+        """Score a frame, or tables of any size; see `nbprod.model.scoring.score_table` for the options."""
+        from nbprod.model.scoring import score_table
+
+        return score_table(self, source, output, **options)
 
     def as_dict(self) -> dict[str, Any]:
         """The facts of a listing, as JSON values."""

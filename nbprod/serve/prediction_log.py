@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import NotFoundError, did_you_mean
-from ..model.contract import Column, Contract
+from ..model.column import Column
+from ..model.contract import Contract
+from ..model.validation import in_training_dtype
+from ..model.values import category_values
 from .append_log import AppendLog, _ignore, read_stream, stream_files
 from ..settings import Settings, load_settings
 
@@ -38,9 +41,12 @@ def _arrow_type(column: Column) -> pa.DataType:
     import pyarrow as pa
 
     if column.type == "datetime":
-        return pa.timestamp("us", tz="UTC" if "," in column.dtype else None)
-    types = {"int": pa.int64(), "float": pa.float64(), "bool": pa.bool_(), "string": pa.string()}
-    return types[column.type]
+        return pa.timestamp(column.resolution, tz="UTC" if column.zoned else None)
+    plain = category_values(column) if column.type == "category" else column
+    if plain.dtype.lower() == "uint64":
+        return pa.uint64()
+    kinds = {"int": pa.int64(), "float": pa.float64(), "bool": pa.bool_(), "date": pa.date32()}
+    return kinds.get(plain.type, pa.string())
 
 # %% ../../nbs/serve/prediction_log.ipynb #0f495fec
 def _arrow_column(column: Column, values: pd.Series) -> pa.Array:
@@ -187,13 +193,13 @@ def _to_frame(table: pa.Table) -> pd.DataFrame:
     import pyarrow as pa
 
     contract = Contract.from_dict(json.loads((table.schema.metadata or {})[b"nbprod.contract"]))
-    # pandas' own integers cannot be null; the training dtype says below which kind it shall be.
-    nullable = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}
+    # pandas' own integers cannot be null; the contract says below which kind it shall be.
+    nullable = {pa.int64(): pd.Int64Dtype(), pa.uint64(): pd.UInt64Dtype(), pa.bool_(): pd.BooleanDtype()}
     own = table.select([name for name in table.column_names if name in OWN_COLUMNS]).to_pandas()
     features = {
-        logged_name(column.name): table[logged_name(column.name)]
-        .to_pandas(types_mapper=nullable.get)
-        .astype(column.dtype)
+        logged_name(column.name): in_training_dtype(
+            column, table[logged_name(column.name)].to_pandas(types_mapper=nullable.get)
+        )
         for column in contract.columns
     }
     return own.assign(**features)
