@@ -314,7 +314,8 @@ def score_table(
     are used, by default as many as there are cores, or the cluster at `executor`.
 
     Raises `UsageError` or `NotFoundError` for what cannot be begun, `ScoreError` if the job fails, and
-    `StoreError` if a URL cannot be reached; nothing of the output is visible then, and the same call goes on from there.
+    `StoreError` if a URL cannot be reached; nothing of the output is visible then, and the same call goes
+    on from there.
     """
     options = Options(keep, strict, force, jobs, executor, progress)
     if _is_frame(source) and output is None:
