@@ -22,7 +22,7 @@ from nbprod.errors import ModelError, NotFoundError, StoreError
 from nbprod.model.sharing import MANIFEST, hashes_of
 from nbprod.model.store import models
 from nbprod.release.exchange import fetch, pull, push
-from nbprod.release.ledger import load_model, promote
+from nbprod.release.ledger import load_model, promote, resolve
 
 TRAIN = """
 import pandas as pd
@@ -319,7 +319,7 @@ def test_what_others_write_into_the_store_harms_no_listing(
     machine("bob", str(team))
     assert [model.tag for model in models()] == [tag]
     assert "delay:2" in caplog.text and "no readable facts.json" in caplog.text
-    assert load_model("delay:latest").tag == tag
+    assert resolve("delay:latest").tag == tag
 
 
 @pytest.mark.parametrize("full", ["home", "store"])
@@ -365,15 +365,15 @@ def test_a_store_that_hangs(machine: Callable[..., Machine], caplog: pytest.LogC
     """What is here is used, with a warning; what is not here is an error that says why."""
     ada = machine("ada", "s3://team/flights")
     tag = make_version(ada)
-    assert load_model(tag).tag == tag and caplog.text == ""
-    assert load_model("delay:latest").tag == tag
+    assert resolve(tag).tag == tag and caplog.text == ""
+    assert resolve("delay:latest").tag == tag
     assert "the newest delay that is here is taken" in caplog.text and "has not answered" in caplog.text
     assert [model.tag for model in nbprod.models()] == [tag]
     assert "only the models that are here" in caplog.text
-    assert "Columns (0)" in load_model(tag)._repr_html_()
+    assert "Columns (0)" in resolve(tag)._repr_html_()
     for missing in ("delay:2", "other", "delay@production"):
         with pytest.raises(StoreError, match=r"s3://team/flights has not answered for 0\.3 seconds"):
-            load_model(missing)
+            resolve(missing)
     for transfer in (push, pull):
         with pytest.raises(StoreError, match="has not answered"):
             transfer(tag)
@@ -411,7 +411,7 @@ def test_a_pickle_is_seen_wherever_it_is_listed(
         assert risk in capsys.readouterr().err
     assert json.loads(said(capsys, "models", "--json"))[0]["format"] == "pickle"
     assert "pickle. Reading it" in said(capsys, "show", tag)
-    assert "pickle" in repr(load_model(tag)) and "⚠ pickle" in nbprod.models()._repr_html_()
+    assert "pickle" in repr(resolve(tag)) and "⚠ pickle" in nbprod.models()._repr_html_()
     machine("bob")
     capsys.readouterr()
     assert main(["pull", tag, "--from", str(team)]) == 0 and risk in capsys.readouterr().err
