@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ContractError
 from .arrays import column_array, frame_of
-from .column import Column, dtype_name, training_dtype
+from .column import Column, dtype_name
 from .rejection import Finding, refuse, shorten
 from .tables import plain_value, read_column
 from .values import LIMITS, category_values, limit_words, limits, type_reader
@@ -89,7 +89,7 @@ def _fits_as_it_is(column: Column, values: pd.Series) -> bool:
     if column.closed or column.pattern is not None or limits(column) or column.type == "date":
         return False
     if column.type == "category":
-        return bool(values.dtype == training_dtype(column))
+        return bool(values.dtype == column.training_dtype)
     if dtype_name(values.dtype) != column.dtype:
         return False
     if column.type == "float":
