@@ -47,7 +47,7 @@ def _categories(column: Column, values: np.ndarray, null: np.ndarray) -> Any:
 
     codes, dtype = column.codes, column.training_dtype
     given = [None if gap else value for value, gap in zip(values.tolist(), null.tolist(), strict=True)]
-    unseen = sorted(set(given) - {None} - codes.keys())
+    unseen: list[Any] = sorted({value for value in given if value is not None} - codes.keys())
     if unseen:
         codes = codes | {value: len(codes) + more for more, value in enumerate(unseen)}
         dtype = pd.CategoricalDtype(list(codes), ordered=column.ordered)

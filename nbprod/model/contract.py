@@ -5,12 +5,13 @@
 # %% ../../nbs/model/contract.ipynb #9217789d
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ContractError
+from ..errors import ContractError, UnusualValueWarning
 from . import validation
 from .column import Column as Column
 from .inference import infer_columns
@@ -48,13 +49,18 @@ class Contract:
         """
         return self.reader.frame(rows)
 
-    def check_frame(self, frame: pd.DataFrame) -> pd.DataFrame:
+    def check_frame(self, frame: pd.DataFrame, *, warn: bool = False) -> pd.DataFrame:
         """The contract's columns of `frame`, in order and with the training dtypes; others are left out.
 
+        With `warn`, an `UnusualValueWarning` to the caller's caller tells of values that training did not see.
         Raises `ContractError` where a column is missing, has a null it may not have, or another type;
         findings name the rows by their labels.
         """
-        return validation.check_frame(self.columns, frame)
+        checked = validation.check_frame(self.columns, frame)
+        words = validation.unusual_words(self.columns, checked) if warn else ""
+        if words:
+            warnings.warn(words, UnusualValueWarning, stacklevel=3)
+        return checked
 
     def split(self, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[Finding]]:
         """The rows of `frame` that keep the contract, and what is wrong with the others.
