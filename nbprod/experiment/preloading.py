@@ -12,14 +12,14 @@ import os
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['Import', 'INSTALLED', 'NBPROD', 'CAREFUL', 'imports_of', 'installed_imports', 'StandIn', 'Watch', 'preload',
+__all__ = ['Import', 'INSTALLED', 'NBPROD', 'LATER', 'CAREFUL', 'imports_of', 'installed_imports', 'StandIn', 'Watch', 'preload',
            'lasting_threads']
 
 # %% ../../nbs/experiment/preloading.ipynb #8576c09a
@@ -68,6 +68,10 @@ def _is_installed(path: Path) -> bool:
     return any(path.is_relative_to(place) for place in (*map(Path, INSTALLED), NBPROD))
 
 # %% ../../nbs/experiment/preloading.ipynb #c8765cc1
+# What a function of nbprod imports when it is called. onnxruntime is not among it: it starts a thread.
+LATER = {"log_model": ("skops.io", "skl2onnx")}
+
+
 def _file_of(module: str, top: Path) -> Path | None:
     """The source of a project's module, given the file of its top-level package."""
     base = top.parent.joinpath(*module.split(".")[1:]) if top.name == "__init__.py" else top
@@ -75,7 +79,7 @@ def _file_of(module: str, top: Path) -> Path | None:
     return next((path for path in candidates if path.suffix == ".py" and path.is_file()), None)
 
 
-def installed_imports(sources: Iterable[str], folder: Path, paths: Sequence[str]) -> list[Import]:
+def installed_imports(sources: Sequence[str], folder: Path, paths: Sequence[str]) -> list[Import]:
     """What these sources import of installed libraries, also through modules that are not installed.
 
     `folder` is that of the notebook, `paths` are searched after it.
@@ -95,6 +99,9 @@ def installed_imports(sources: Iterable[str], folder: Path, paths: Sequence[str]
                 read.add(path)
                 with contextlib.suppress(OSError, UnicodeDecodeError):
                     waiting += imports_of(path.read_text(encoding="utf-8"))
+    for word, modules in LATER.items():
+        if any(word in source for source in sources):
+            found.update(((module, ()), None) for module in modules)
     return list(found)
 
 # %% ../../nbs/experiment/preloading.ipynb #28e66526

@@ -20,8 +20,10 @@ from ..experiment.lineage import live_lineage
 from ..experiment.recording import current_run, emit
 from ..files import is_held
 from .baseline import profile
+from .compile import compile_model
 from .contract import Contract, infer_contract, plain_rows
 from .pipeline import Answer, answer, write_pipeline
+from .predictor import save_predictor
 from .store import commit, share, staging_folder
 from ..settings import Settings, bentoml_home, find_project, load_settings
 
@@ -152,10 +154,14 @@ def stage(
     baseline = profile(
         contract.check_frame(reference), given.predictions, given.probabilities, _classes(model)
     )
+    predictor, verdict = compile_model(model, contract, inputs)
+    if predictor is not None:
+        save_predictor(predictor, folder / "compiled")
     _write_json(folder / "contract.json", contract.as_dict())
     _write_json(folder / "baseline.json", baseline.as_dict())
     _write_json(folder / "examples.json", golden_examples(model, contract, inputs))
-    facts = _facts(model, given, labels) | {"tag": tag, "library": _copy_library(folder, settings)}
+    facts = _facts(model, given, labels) | {"compiled": verdict.as_dict()}
+    facts |= {"tag": tag, "library": _copy_library(folder, settings)}
     _write_json(folder / "facts.json", facts)
 
 # %% ../../nbs/model/artifact.ipynb #73c3dd4e

@@ -8,173 +8,92 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .contract import Column, Contract
-from .conversion import Width, convert, feed, kind_of, open_session, parts, split_values
-from .pipeline import Answer, answer
+from .columns import ColumnReader, array_dtypes
+from .contract import Contract, plain_rows
+from .conversion import called, convert, packs, parts
+from .graph import Width, kinds_of
+from .pipeline import Arrays, compute
+from .predictor import Plan, Predictor, call, functions_of, shape_of
+from .probe import edge_rows, probe_rows
+from .trees import split_values
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
 # %% auto #0
-__all__ = ['TYPICAL', 'BASES', 'EDGES', 'TOLERANCE', 'odd_values', 'probe_rows', 'thresholds', 'neighbours', 'edge_rows',
-           'difference', 'Predictor', 'Verdict', 'microseconds', 'compile_model']
-
-# %% ../../nbs/model/compile.ipynb #883e2dd0
-def odd_values(column: Column) -> list[Any]:
-    """Values of a column, as pandas takes them, that a graph may treat otherwise."""
-    odd: list[Any] = [None] if column.nullable else []
-    if column.type == "string":
-        seen = list(column.categories or ())[:2]
-        return [*odd, "", " ", "nan", "None", "never seen", *(text.swapcase() for text in seen), *seen]
-    if column.type == "bool":
-        return [*odd, True, False]
-    if column.type in {"int", "float"} and column.minimum is not None and column.maximum is not None:
-        span = column.maximum - column.minimum or 1
-        ends = [column.minimum, column.maximum, column.minimum - span, column.maximum + span, 0]
-        return [*odd, *(ends if column.type == "float" else map(int, ends))]
-    return odd
-
-# %% ../../nbs/model/compile.ipynb #ad0a6f6f
-TYPICAL, BASES = 1000, 3
-
-
-def _with(base: pd.DataFrame, column: Column, value: Any) -> pd.DataFrame | None:
-    """`base` with one value in a column; None where the column's dtype cannot hold it."""
-    import pandas as pd
-
-    changed = base.copy()
-    try:
-        changed[column.name] = pd.Series([value] * len(base), index=base.index).astype(column.dtype)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return changed
-
-
-def probe_rows(contract: Contract, inputs: pd.DataFrame) -> pd.DataFrame:
-    """Rows to compare predictors on: up to `TYPICAL` of `inputs`, and odd ones made of the first `BASES`."""
-    import pandas as pd
-
-    typical = inputs.iloc[:: max(1, len(inputs) // TYPICAL)].head(TYPICAL)
-    base = typical.head(BASES)
-    odd = [_with(base, column, value) for column in contract.columns for value in odd_values(column)]
-    nulls = base.copy()
-    for column in contract.columns:
-        empty = _with(base, column, None) if column.nullable else None
-        nulls[column.name] = nulls[column.name] if empty is None else empty[column.name]
-    return pd.concat([typical, *(rows for rows in odd if rows is not None), nulls], ignore_index=True)
-
-# %% ../../nbs/model/compile.ipynb #eff0d2f9
-def thresholds(model: Any) -> list[float]:
-    """Every split threshold of the trees in a fitted estimator; none where there are no trees."""
-    return sorted({value for tree in split_values(model) for value in tree if math.isfinite(value)})
-
-
-def neighbours(value: float) -> list[float]:
-    """A number, and the nearest ones below and above it among 64-bit and 32-bit floats."""
-    import numpy as np
-
-    near = [np.nextafter(value, way) for way in (-np.inf, np.inf)]
-    single = np.float32(value)
-    near += [single, *(np.nextafter(single, np.float32(way)) for way in (-np.inf, np.inf))]
-    return [value, *map(float, near)]
-
-# %% ../../nbs/model/compile.ipynb #faab3ae8
-EDGES = 60  # thresholds tried in each column
-
-
-def edge_rows(inputs: Any, splits: Sequence[float]) -> Any:
-    """Rows like the first of `inputs`, with numbers next to thresholds that lie in their column's range.
-
-    A table or an array as `inputs` is, also in its types.
-    """
-    import numpy as np
-    import pandas as pd
-
-    table = inputs if isinstance(inputs, pd.DataFrame) else pd.DataFrame(inputs)
-    made = []
-    for name in table.columns:
-        if kind_of(table[name]) != "number" or table[name].dtype.kind not in "fiu":
-            continue
-        low, high = table[name].min(), table[name].max()
-        inside = [value for value in splits if low <= value <= high]
-        chosen = inside[:: max(1, len(inside) // EDGES)]
-        values = [near for value in chosen for near in neighbours(value)]
-        rows = table.iloc[np.arange(len(values)) % min(len(table), BASES)].copy()
-        rows[name] = np.asarray(values).astype(table[name].dtype)
-        made.append(rows)
-    found = pd.concat(made, ignore_index=True) if made else table.head(0)
-    return found if table is inputs else found.to_numpy()
+__all__ = ['TOLERANCE', 'SINGLES', 'difference', 'Verdict', 'microseconds', 'judge_part', 'judge_whole', 'runs_on_arrays',
+           'compile_model']
 
 # %% ../../nbs/model/compile.ipynb #bead0629
 TOLERANCE = 1e-6  # of a probability; of a prediction, relative to values above 1
 
 
-def difference(expected: Answer, given: Answer) -> float:
-    """The largest difference of two answers; infinite where a label, a length or a missing value differs."""
+def _apart(one: np.ndarray, other: np.ndarray) -> float:
+    """The largest difference of two arrays of numbers, relative to values above 1."""
     import numpy as np
 
-    one, other = np.asarray(expected.predictions), np.asarray(given.predictions)
+    left, right = np.asarray(one, dtype=float), np.asarray(other, dtype=float)
+    if left.shape != right.shape or not (np.isnan(left) == np.isnan(right)).all():
+        return math.inf
+    with np.errstate(invalid="ignore"):
+        off = np.abs(left - right) / np.maximum(1.0, np.abs(left))
+    return float(np.nanmax(np.where(left == right, 0.0, off), initial=0.0))
+
+
+def difference(expected: Arrays, given: Arrays) -> float:
+    """The largest difference of two answers; infinite where a label, a type or a shape differs."""
+    one, other = expected.predictions, given.predictions
     if one.shape != other.shape or (expected.probabilities is None) != (given.probabilities is None):
         return math.inf
-    worst = 0.0
-    if expected.probabilities is not None or one.dtype.kind != "f":
-        worst = 0.0 if (one == other).all() else math.inf
-    pairs: list[tuple[Any, Any]] = [(one, other)] if one.dtype.kind == "f" else []
-    if expected.probabilities is not None:
-        pairs.append((expected.probabilities, given.probabilities))
-    for pair in pairs:
-        left, right = (np.asarray(each, dtype=float) for each in pair)
-        if left.shape != right.shape or not (np.isnan(left) == np.isnan(right)).all():
-            return math.inf
-        with np.errstate(invalid="ignore"):
-            off = np.abs(left - right) / np.maximum(1.0, np.abs(left))
-        worst = max(worst, float(np.nanmax(np.where(left == right, 0.0, off), initial=0.0)))
-    return worst
+    if "f" in (one.dtype.kind, other.dtype.kind) and expected.probabilities is None:
+        return _apart(one, other) if one.dtype.kind == other.dtype.kind else math.inf
+    kinds = {"O" if each.dtype.kind in "OUT" else each.dtype.kind for each in (one, other)}
+    if len(kinds) > 1 or not (one == other)[~_ties(expected)].all():
+        return math.inf
+    if expected.probabilities is None or given.probabilities is None:
+        return 0.0
+    return _apart(expected.probabilities, given.probabilities)
 
-# %% ../../nbs/model/compile.ipynb #a84128e0
-class Predictor:
-    """Steps in Python, if there are any, then a graph: what answers in the place of a fitted model."""
 
-    def __init__(self, graph: bytes, before: Any | None, width: Width, probabilistic: bool) -> None:
-        self.graph, self.before, self.width = graph, before, width
-        self.session = open_session(graph)
-        self.names = [each.name for each in self.session.get_outputs()][: 2 if probabilistic else 1]
+def _ties(answer: Arrays) -> np.ndarray:
+    """In which rows rounding decides: the two largest probabilities are equal within `TOLERANCE`."""
+    import numpy as np
 
-    def inner(self, inputs: Any) -> Answer:
-        """The answer to what the graph takes, a table or an array."""
-        import numpy as np
-
-        labels, *probabilities = self.session.run(self.names, feed(inputs, self.width))
-        predictions = (
-            np.ravel(labels).tolist() if labels.ndim == 1 or labels.shape[1] == 1 else labels.tolist()
-        )
-        return Answer(predictions, probabilities[0].tolist() if probabilities else None)
-
-    def answer(self, frame: pd.DataFrame) -> Answer:
-        """The answer to a frame that the contract has checked."""
-        return self.inner(frame if self.before is None else self.before.transform(frame))
+    if answer.probabilities is None or answer.probabilities.shape[1] < 2:
+        return np.zeros(len(answer.predictions), dtype=bool)
+    second, first = np.sort(answer.probabilities, axis=1)[:, -2:].T
+    return np.asarray(first - second <= TOLERANCE)
 
 # %% ../../nbs/model/compile.ipynb #859a75d6
 @dataclass(frozen=True)
 class Verdict:
     """Whether and how a model was compiled: `whole`, in `part` (after `steps` Python steps), or `no`.
 
-    `difference` is the largest found on `rows` rows, `tolerance` what would be accepted. `microseconds`
-    are those of one row, by `pipeline` and `compiled`. `reason` says why it is not more.
+    `difference` is the largest found on `rows` rows, `tolerance` what would be accepted. `arrays` tells
+    whether the Python steps run without pandas. `microseconds` are those of one row, by `pipeline` and
+    `compiled`. `reason` says why it is not more.
     """
 
     compiled: str
     steps: int = 0
     width: Width | None = None
+    arrays: bool = False
     rows: int = 0
     difference: float | None = None
     tolerance: float = TOLERANCE
     microseconds: dict[str, float] | None = None
     reason: str = ""
+
+    @property
+    def gains(self) -> bool:
+        """Whether the compiled form takes less time for a row than the pipeline."""
+        took = self.microseconds or {"pipeline": 0.0, "compiled": math.inf}
+        return took["compiled"] < took["pipeline"]
 
     def as_dict(self) -> dict[str, Any]:
         """The verdict as JSON can hold it."""
@@ -191,11 +110,14 @@ def microseconds(call: Callable[[], object], rounds: int = 15) -> float:
     return round(statistics.median(took) * 1e6, 1)
 
 # %% ../../nbs/model/compile.ipynb #118fc23a
-def _rows_one_by_one(inputs: Any) -> Iterator[Any]:
-    """The first rows of a table or an array, alone."""
-    for position in range(min(5, len(inputs))):
-        part = slice(position, position + 1)
-        yield inputs.iloc[part] if hasattr(inputs, "iloc") else inputs[part]
+SINGLES = 12  # rows that are also asked alone
+
+
+def _alone(inputs: Any, count: int = SINGLES) -> Iterator[Any]:
+    """Single rows of a table or an array, spread over it."""
+    for position in range(0, len(inputs), max(1, len(inputs) // count)):
+        place = slice(position, position + 1)
+        yield inputs.iloc[place] if hasattr(inputs, "iloc") else inputs[place]
 
 
 def _stacked(inputs: Any, more: Any) -> Any:
@@ -210,80 +132,150 @@ def _stacked(inputs: Any, more: Any) -> Any:
     return np.concatenate([inputs, more])
 
 
-def _judge(predictor: Predictor, part: Any, inputs: Any) -> float:
+def judge_part(predictor: Predictor, part: Any, inputs: Any) -> float:
     """How far a graph is from the fitted part that it was made of: many rows at once, and single ones."""
-    worst = difference(answer(part, inputs), predictor.inner(inputs))
-    return max(
-        [worst, *(difference(answer(part, row), predictor.inner(row)) for row in _rows_one_by_one(inputs))]
-    )
+    tables = [inputs, *_alone(inputs)]
+    return max(difference(compute(part, each), predictor.inner(each)) for each in tables)
+
+# %% ../../nbs/model/compile.ipynb #118fc232
+def judge_whole(predictor: Predictor, model: Any, probe: pd.DataFrame) -> float:
+    """How far a predictor is from the fitted `model` on rows of a checked table: many, and single ones."""
+    worst = 0.0
+    for table in (probe, *_alone(probe)):
+        expected = compute(model, table)
+        rows = plain_rows(predictor.contract, table)
+        for given in (predictor.compute(table), predictor.compute_rows(rows)):
+            worst = max(worst, difference(expected, given))
+    return worst
+
+# %% ../../nbs/model/compile.ipynb #118fc234
+def _same(one: Any, other: Any) -> bool:
+    """Whether two tables, or two arrays, have equal values of the same kinds under the same names."""
+    import numpy as np
+    import pandas as pd
+
+    if not isinstance(one, pd.DataFrame) or not isinstance(other, pd.DataFrame):
+        plain = isinstance(one, np.ndarray) and isinstance(other, np.ndarray)
+        return plain and one.dtype == other.dtype and np.array_equal(one, other, equal_nan=True)
+    left, right = one.reset_index(drop=True), other.reset_index(drop=True)
+    return left.equals(right) and list(left.columns) == list(right.columns)
+
+
+def runs_on_arrays(before: Any, contract: Contract, probe: pd.DataFrame) -> bool:
+    """Whether the functions in steps before a graph give the same for arrays as for tables."""
+    dtypes, functions = array_dtypes(contract), functions_of(before)
+    if dtypes is None or functions is None:
+        return False
+    reader = ColumnReader(contract, dtypes)
+    try:
+        return all(
+            _same(before.transform(table), call(functions, columns))
+            for table in (probe, *_alone(probe))
+            for columns in (reader.table(table), reader.rows(plain_rows(contract, table)))
+        )
+    except Exception:  # whatever a function asks of a table that arrays do not have
+        return False
 
 # %% ../../nbs/model/compile.ipynb #01f81fcb
-def compile_model(model: Any, contract: Contract, inputs: pd.DataFrame) -> tuple[Predictor | None, Verdict]:
-    """The fastest predictor that is proven equal to a fitted `model`, and the verdict; None if there is none.
+def _answerable(model: Any, probe: pd.DataFrame) -> pd.DataFrame:
+    """The rows that the model itself answers: a step in Python may refuse an extreme one."""
+    try:
+        compute(model, probe)
+        return probe
+    except Exception:
+        kept = []
+        for position in range(len(probe)):
+            try:
+                compute(model, probe.iloc[[position]])
+            except Exception:
+                continue
+            kept.append(position)
+        return probe.iloc[kept].reset_index(drop=True)
 
-    `inputs` are hold-out rows, checked by the contract. Nothing that a conversion does is raised.
-    """
-    probe, reasons = _answerable(model, probe_rows(contract, inputs)), list[str]()
+
+def _reason(error: BaseException) -> str:
+    """What an exception says, on one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+# %% ../../nbs/model/compile.ipynb #01f81fc0
+def _predictors(
+    model: Any, contract: Contract, probe: pd.DataFrame, reasons: list[str]
+) -> Iterator[tuple[Predictor, float, int]]:
+    """Predictors whose graph agrees with its part, their differences and the rows asked; the best first."""
+    shape = shape_of(compute(model, probe), getattr(model, "classes_", None))
     for before, part in parts(model):
+        unknown = called(part.steps[0][1] if hasattr(part, "steps") else part)
+        if unknown:
+            reasons.append(f"{unknown} stays Python")
+            continue
         try:
             table = probe if before is None else before.transform(probe)
-            table = _stacked(table, edge_rows(table, thresholds(_last(part))))
+            table = _stacked(table, edge_rows(table, split_values(_last(part))))
+            kinds, steps = kinds_of(table), 0 if before is None else len(before)
+            plan = Plan("float64", kinds, packed=packs(part, kinds), steps=steps, **shape)
         except Exception as error:  # what a step before gives may be sparse, of text, or nothing to stack
-            reasons.append(f"{type(error).__name__}: {error}")
+            reasons.append(_reason(error))
             continue
         for width in ("float64", "float32"):
             try:
-                predictor = Predictor(
-                    convert(part, table, width), before, width, hasattr(part, "predict_proba")
-                )
-                off = _judge(predictor, part, table)
+                graph, each = convert(part, table, width), replace(plan, width=width)
+                predictor = Predictor(graph, each, contract, before)
+                off = judge_part(predictor, part, table)
             except Exception as error:  # a graph that fails on a probe is refused, however it fails
-                reasons.append(" ".join(str(error).split())[:200])
+                reasons.append(_reason(error))
                 continue
             if off <= TOLERANCE:
-                return predictor, _accepted(predictor, model, probe, len(table), off, reasons)
-            reasons.append(f"in {width} it is off by {off:.2g} on rows made to tell them apart")
-    return None, Verdict("no", rows=len(probe), reason="; ".join(dict.fromkeys(reasons)))
+                yield predictor, off, len(table)
+            else:
+                reasons.append(f"in {width} it is off by {off:.2g} on rows made to tell them apart")
 
 
 def _last(part: Any) -> Any:
     """The last step of a pipeline; an estimator as it is."""
     return part.steps[-1][1] if hasattr(part, "steps") else part
 
-
-def _answerable(model: Any, probe: pd.DataFrame) -> pd.DataFrame:
-    """The rows that the model itself answers: a step in Python may refuse an extreme one."""
-    import pandas as pd
-
-    try:
-        answer(model, probe)
-        return probe
-    except Exception:
-        kept = []
-        for position in range(len(probe)):
-            try:
-                answer(model, probe.iloc[[position]])
-            except Exception:
-                continue
-            kept.append(position)
-        return pd.DataFrame(probe.iloc[kept]).reset_index(drop=True)
-
-
+# %% ../../nbs/model/compile.ipynb #01f81fc1
 def _accepted(
-    predictor: Predictor, model: Any, probe: pd.DataFrame, rows: int, off: float, reasons: Iterable[str]
+    predictor: Predictor, model: Any, probe: pd.DataFrame, rows: int, off: float, reasons: Sequence[str]
 ) -> Verdict:
     """The verdict on a predictor that agrees."""
-    row = probe.head(1)
-    steps = 0 if predictor.before is None else len(predictor.before)
+    plan, row = predictor.plan, probe.head(1)
+    json_row = plain_rows(predictor.contract, row)
     return Verdict(
-        "part" if steps else "whole",
-        steps=steps,
-        width=predictor.width,
+        "part" if plan.steps else "whole",
+        steps=plan.steps,
+        width=plan.width,
+        arrays=plan.arrays,
         rows=rows,
         difference=off,
         microseconds={
-            "pipeline": microseconds(lambda: answer(model, row)),
-            "compiled": microseconds(lambda: predictor.answer(row)),
+            "pipeline": microseconds(lambda: compute(model, row)),
+            "compiled": microseconds(lambda: predictor.compute_rows(json_row)),
         },
-        reason="; ".join(dict.fromkeys(reasons)) if steps else "",
+        reason="; ".join(dict.fromkeys(reasons)) if plan.steps else "",
     )
+
+
+def compile_model(model: Any, contract: Contract, inputs: pd.DataFrame) -> tuple[Predictor | None, Verdict]:
+    """The fastest predictor that is proven equal to a fitted `model`, and the verdict; None if there is none.
+
+    `inputs` are hold-out rows, checked by the contract. Nothing that a conversion does is raised.
+    """
+    reasons: list[str] = []
+    probe = _answerable(model, probe_rows(contract, inputs))
+    try:
+        for predictor, off, rows in _predictors(model, contract, probe, reasons):
+            if predictor.before is not None and runs_on_arrays(predictor.before, contract, probe):
+                plan = replace(predictor.plan, arrays=True)
+                predictor = Predictor(predictor.graph, plan, contract, predictor.before)
+            off = max(off, judge_whole(predictor, model, probe))
+            if off > TOLERANCE:
+                reasons.append(f"it is off by {off:.2g} on rows made to tell them apart")
+                continue
+            verdict = _accepted(predictor, model, probe, rows, off, reasons)
+            if verdict.gains:
+                return predictor, verdict
+            reasons.append(f"nothing is gained by compiling what follows {verdict.steps} steps")
+    except Exception as error:  # a model is logged whatever compiling it meets
+        reasons.append(_reason(error))
+    return None, Verdict("no", rows=len(probe), reason="; ".join(dict.fromkeys(reasons)))

@@ -5,17 +5,17 @@
 # %% ../../nbs/model/conversion.ipynb #ac08b179
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+import re
+from collections.abc import Callable, Iterator, Mapping
+from itertools import product
+from typing import Any
 
 from ..errors import ModelError
-
-if TYPE_CHECKING:
-    import pandas as pd
+from .graph import Width, feed, kinds_of
+from .trees import tree_converters
 
 # %% auto #0
-__all__ = ['Width', 'MISSING', 'parts', 'kind_of', 'feed', 'plain_attribute', 'split_values', 'set_thresholds', 'convert',
-           'open_session']
+__all__ = ['OPERATORS_OF', 'OPERATORS', 'parts', 'packs', 'plain_attribute', 'called', 'equivalent', 'convert']
 
 # %% ../../nbs/model/conversion.ipynb #7dfb6190
 def parts(model: Any) -> Iterator[tuple[Any | None, Any]]:
@@ -30,48 +30,23 @@ def parts(model: Any) -> Iterator[tuple[Any | None, Any]]:
         for cut in range(1, len(model)):
             yield model[:cut], model[cut:] if cut < len(model) - 1 else model[-1]
 
-# %% ../../nbs/model/conversion.ipynb #a4a56e2e
-Width = Literal["float32", "float64"]
-MISSING = "nan"
-
-
-def kind_of(values: pd.Series) -> str:
-    """Whether a column is fed to a graph as `text` or as `number`. `ModelError` for what is neither."""
-    from pandas.api import types
-
-    if types.is_bool_dtype(values.dtype) or types.is_numeric_dtype(values.dtype):
-        return "number"
-    present = values.dropna()
-    if present.map(lambda value: isinstance(value, str)).all():
-        return "text"
-    raise ModelError(f"column {values.name!r} of {values.dtype} has no counterpart in ONNX")
-
-# %% ../../nbs/model/conversion.ipynb #81acd947
-def feed(inputs: Any, width: Width) -> dict[str, Any]:
-    """A table or an array as the inputs of a graph, by name; n by 1 for each column, n by m for an array."""
-    import numpy as np
-    import pandas as pd
-
-    if not isinstance(inputs, pd.DataFrame):
-        return {"inputs": np.ascontiguousarray(inputs, dtype=width)}
-    given = {}
-    for position, name in enumerate(inputs.columns):
-        column = inputs.iloc[:, position]
-        if kind_of(column) == "text":
-            values = column.astype(object).where(column.notna(), MISSING).to_numpy(dtype=object)
-        else:
-            values = column.to_numpy(dtype=width, na_value=np.nan)
-        given[str(name)] = values.reshape(-1, 1)
-    return given
-
 # %% ../../nbs/model/conversion.ipynb #2e52c8a4
-def _input_types(inputs: Any, width: Width) -> list[tuple[str, Any]]:
+def packs(part: Any, kinds: Mapping[str, str]) -> bool:
+    """Whether a table of such columns is one input: numbers that no step tells apart by name."""
+    from sklearn.compose import ColumnTransformer
+    from sklearn.pipeline import FeatureUnion
+
+    first = part.steps[0][1] if hasattr(part, "steps") else part
+    return set(kinds.values()) == {"number"} and not isinstance(first, ColumnTransformer | FeatureUnion)
+
+
+def _input_types(part: Any, inputs: Any, width: Width) -> list[tuple[str, Any]]:
     """What skl2onnx is told of the inputs: names and types."""
     from skl2onnx.common.data_types import DoubleTensorType, FloatTensorType, StringTensorType
 
     number = DoubleTensorType if width == "float64" else FloatTensorType
-    told = []
-    for name, values in feed(inputs[:1], width).items():
+    told, kinds = [], kinds_of(inputs)
+    for name, values in feed(inputs[:1], kinds, width, packs(part, kinds)).items():
         tensor = StringTensorType if values.dtype == object else number
         told.append((name, tensor([None, values.shape[1]])))
     return told
@@ -125,117 +100,115 @@ def _fill(scope: Any, operator: Any, container: Any) -> None:
     container.add_node("IsNaN", joined, missing, op_version=13)
     container.add_node("Where", [missing, filled, joined], operator.outputs[0].full_name, op_version=9)
 
+# %% ../../nbs/model/conversion.ipynb #aedbb721
+OPERATORS_OF = {"log": "Log", "sqrt": "Sqrt", "exp": "Exp", "absolute": "Abs", "sin": "Sin", "log1p": "Log"}
+
+
+def called(transformer: Any) -> str:
+    """The function of a `FunctionTransformer` that has no operator, by its name; empty if there is none."""
+    import numpy as np
+    from sklearn.preprocessing import FunctionTransformer
+
+    if type(transformer) is not FunctionTransformer or transformer.func is None:
+        return ""
+    function = transformer.func
+    name = str(getattr(function, "__name__", function))
+    known = isinstance(function, np.ufunc) and name in OPERATORS_OF and not transformer.kw_args
+    return "" if known else name
+
+
+def _shape_of_call(operator: Any) -> None:
+    """What skl2onnx is told of the output of a function: one array of all columns, in their type."""
+    unknown = called(operator.raw_operator)
+    if unknown:
+        raise ModelError(f"{unknown} stays Python")
+    inputs = operator.inputs
+    operator.outputs[0].type = type(inputs[0].type)([None, sum(each.type.shape[1] for each in inputs)])
+
+
+def _call(scope: Any, operator: Any, container: Any) -> None:
+    """The graph of a function."""
+    import numpy as np
+
+    function, output = operator.raw_operator.func, operator.outputs[0].full_name
+    joined, given = scope.get_unique_variable_name("joined"), [each.full_name for each in operator.inputs]
+    container.add_node("Concat", given, joined if function else output, axis=1, op_version=13)
+    if function is np.log1p:
+        double = type(operator.inputs[0].type).__name__.startswith("Double")
+        one, more = scope.get_unique_variable_name("one"), scope.get_unique_variable_name("more")
+        container.add_initializer(one, 11 if double else 1, [1], [1.0])
+        container.add_node("Add", [joined, one], more, op_version=14)
+        joined = more
+    if function:
+        container.add_node(OPERATORS_OF[function.__name__], joined, output, op_version=13)
+
 # %% ../../nbs/model/conversion.ipynb #aedbb72d
 def _converters() -> dict[type, Callable[..., Any]]:
     """The converters that are used in the place of skl2onnx's own, by the class of the estimator."""
     from skl2onnx.common._registration import get_converter
-    from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
     from sklearn.impute import SimpleImputer
+    from sklearn.preprocessing import FunctionTransformer
 
     def plain(name: str) -> Callable[..., Any]:
         return lambda scope, operator, container: get_converter(name)(
             scope, operator, _PlainContainer(container)
         )
 
-    kinds = (HistGradientBoostingClassifier, HistGradientBoostingRegressor)
-    return {kind: plain(f"Sklearn{kind.__name__}") for kind in kinds} | {SimpleImputer: _fill}
+    return tree_converters(plain) | {SimpleImputer: _fill, FunctionTransformer: _call}
 
-# %% ../../nbs/model/conversion.ipynb #581ca9ca
-def _replace(node: Any, name: str, *attributes: Any) -> None:
-    """Take the attribute `name` from a node, and give it these."""
-    kept = [attribute for attribute in node.attribute if attribute.name != name]
-    del node.attribute[:]
-    node.attribute.extend([*kept, *attributes])
+# %% ../../nbs/model/conversion.ipynb #c5a65203
+def equivalent(final: Any) -> Any:
+    """An estimator that answers as `final` does, where skl2onnx's converter for its own class does not."""
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+    from sklearn.linear_model import LogisticRegression, SGDClassifier
+    from sklearn.svm import LinearSVC
 
-
-def _tensor(name: str, values: Sequence[float]) -> Any:
-    """The attribute `name` as a tensor of 64-bit floats."""
-    from onnx import helper, numpy_helper
-    import numpy as np
-
-    tensor = numpy_helper.from_array(np.asarray(values, dtype=np.float64), name=f"{name}_as_tensor")
-    return helper.make_attribute(f"{name}_as_tensor", tensor)
-
-# %% ../../nbs/model/conversion.ipynb #19822c6c
-def split_values(model: Any) -> list[list[float]]:
-    """The split thresholds of a fitted estimator by tree and node, in the order of a graph; 0 in a leaf."""
-    import numpy as np
-
-    if hasattr(model, "_predictors"):  # gradient boosting by histograms
-        trees = [tree.nodes for stage in model._predictors for tree in stage]
-        return [np.where(nodes["is_leaf"], 0.0, nodes["num_threshold"]).tolist() for nodes in trees]
-    if hasattr(model, "tree_"):
-        return [np.where(model.tree_.children_left >= 0, model.tree_.threshold, 0.0).tolist()]
-    inside = getattr(model, "estimators_", None)
-    found = [] if inside is None else np.ravel(np.asarray(inside, dtype=object)).tolist()
-    return [values for each in found for values in split_values(each)]
-
-
-def _thresholds(node: Any, final: Any) -> list[float] | None:
-    """The thresholds of `final` in the order of a node of trees; None if it is not built as expected."""
-    import numpy as np
-
-    trees = split_values(final)
-    has = {attribute.name: list(attribute.ints) or list(attribute.floats) for attribute in node.attribute}
-    found: list[float] = []
-    for tree, place, rounded in zip(
-        has["nodes_treeids"], has["nodes_nodeids"], has["nodes_values"], strict=True
-    ):
-        if tree >= len(trees) or place >= len(trees[tree]):
-            return None
-        found.append(trees[tree][place])
-        if np.float32(found[-1]) != np.float32(rounded):
-            return None
-    return found
-
-# %% ../../nbs/model/conversion.ipynb #5b30ef2f
-def _below(values: Sequence[float]) -> list[float]:
-    """The largest 32-bit floats that are at most these."""
-    import numpy as np
-
-    single = np.asarray(values, dtype=np.float64).astype(np.float32)
-    above = single.astype(np.float64) > np.asarray(values)
-    return np.where(above, np.nextafter(single, np.float32(-np.inf)), single).astype(float).tolist()
-
-
-def set_thresholds(graph: Any, final: Any, width: Width) -> bool:
-    """Give the trees of `graph` the thresholds that the fitted estimator `final` compares with.
-
-    Whether that could be done: false where there are no trees, and where the graph is not built as expected.
-    """
-    from onnx import helper
-
-    nodes = [node for node in graph.graph.node if node.op_type.startswith("TreeEnsemble")]
-    values = _thresholds(nodes[0], final) if len(nodes) == 1 else None
-    if values is None:
-        return False
-    [node] = nodes
-    if width == "float32":
-        _replace(node, "nodes_values", helper.make_attribute("nodes_values", _below(values)))
-        return True
-    has = {attribute.name: list(attribute.floats) for attribute in node.attribute}
-    for name in ("class_weights", "target_weights", "base_values"):
-        if name in has:
-            _replace(node, name, _tensor(name, has[name]))
-    _replace(node, "nodes_values", _tensor("nodes_values", values))
-    _replace(node, "nodes_hitrates")
-    for operators in graph.opset_import:
-        if operators.domain == "ai.onnx.ml":
-            operators.version = max(operators.version, 3)
-    return True
+    stand_ins = {LinearDiscriminantAnalysis: LogisticRegression, LinearSVC: SGDClassifier}
+    if type(final) not in stand_ins:
+        return final
+    stand_in = stand_ins[type(final)]()
+    for name in ("coef_", "intercept_", "classes_", "n_features_in_"):
+        setattr(stand_in, name, getattr(final, name))
+    return stand_in
 
 # %% ../../nbs/model/conversion.ipynb #c5a65200
-def _as_read(part: Any, final: Any, width: Width) -> Any:
-    """`part`, with a step that makes 32-bit floats of what trees read as such after steps in 64 bits."""
-    import numpy as np
-    from skl2onnx.sklapi import CastTransformer
-    from sklearn.pipeline import Pipeline
+# The second is for converters that have not followed ONNX's fourth set of operators for trees.
+OPERATORS: tuple[dict[str, int] | None, ...] = (None, {"": 18, "ai.onnx.ml": 3})
 
-    if width == "float32" or hasattr(final, "_predictors") or not split_values(final):
-        return part
-    before = part.steps[:-1] if isinstance(part, Pipeline) else []
-    casts = [("single", CastTransformer(dtype=np.float32)), ("double", CastTransformer(dtype=np.float64))]
-    return Pipeline([*before, *casts, ("final", final)])
+
+def _onnx(part: Any, inputs: Any, width: Width) -> Any:
+    """skl2onnx's graph of `part`; the first error of several attempts if there is none."""
+    from skl2onnx import convert_sklearn
+    from skl2onnx.common.exceptions import MissingShapeCalculator
+    from sklearn.preprocessing import FunctionTransformer
+
+    last, errors = part.steps[-1][1] if hasattr(part, "steps") else part, list[Exception]()
+    # Without `zipmap` probabilities are an array. Some estimators have no such option, and need none.
+    for options, operators in product(({id(last): {"zipmap": False}}, None), OPERATORS):
+        try:
+            return convert_sklearn(
+                part,
+                initial_types=_input_types(part, inputs, width),
+                options=options,
+                target_opset=operators,
+                custom_conversion_functions=_converters(),
+                custom_shape_calculators={FunctionTransformer: _shape_of_call},
+            )
+        except Exception as error:  # skl2onnx raises whatever a converter meets
+            errors.append(error)
+            if isinstance(error, MissingShapeCalculator | ModelError):
+                break
+    raise errors[0]
+
+# %% ../../nbs/model/conversion.ipynb #c5a65201
+def _words(error: Exception) -> str:
+    """What stood in the way of a graph, on one line."""
+    unknown = re.search(r"shape calculator for type '<class '([\w.]+)'>", str(error))
+    if unknown:
+        return f"skl2onnx has no converter for {unknown[1].split('.')[-1]}"
+    if isinstance(error, ModelError):
+        return str(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def convert(part: Any, inputs: Any, width: Width) -> bytes:
@@ -243,34 +216,17 @@ def convert(part: Any, inputs: Any, width: Width) -> bytes:
 
     `ModelError` says why there is none.
     """
-    from skl2onnx import convert_sklearn
+    from sklearn.pipeline import Pipeline
 
     final = part.steps[-1][1] if hasattr(part, "steps") else part
-    options = {id(final): {"zipmap": False}} if hasattr(final, "predict_proba") else None
+    stand_in, before = equivalent(final), part.steps[:-1] if hasattr(part, "steps") else []
+    if stand_in is not final:
+        part = Pipeline([*before, ("final", stand_in)])
     try:
-        graph = convert_sklearn(
-            _as_read(part, final, width),
-            initial_types=_input_types(inputs, width),
-            options=options,
-            custom_conversion_functions=_converters(),
-        )
-    except Exception as error:  # skl2onnx raises whatever a converter meets
-        raise ModelError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
-    set_thresholds(graph, final, width)
+        graph = _onnx(part, inputs, width)
+    except Exception as error:
+        raise ModelError(_words(error)) from error
     for output in graph.graph.output:  # operators that give 32 bits are declared to give 64
         output.ClearField("type")
     content: bytes = graph.SerializeToString()
     return content
-
-# %% ../../nbs/model/conversion.ipynb #3a1e09e5
-def open_session(graph: bytes) -> Any:
-    """An ONNX Runtime session of a graph, on one thread. `ModelError` if it cannot be executed."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    try:
-        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has an exception for each status
-        raise ModelError(f"{' '.join(str(error).split())[:300]}") from error

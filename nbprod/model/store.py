@@ -10,7 +10,7 @@ import logging
 import shutil
 import sys
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +24,7 @@ from ..files import write_atomic
 from .baseline import Baseline
 from .contract import Contract
 from .pipeline import Answer, Arrays, compute, read_pipeline
+from .predictor import Predictor, load_predictor
 from ..remote import Remote, create_file, get_folder, list_files, marked, put_folder, read_files
 from ..settings import Settings, bentoml_home, load_settings
 
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['LOGGER', 'MANIFEST', 'staging_folder', 'commit', 'make_importable', 'read_json', 'shared_store', 'hashes_of', 'share',
-           'name_latest', 'fetch', 'Version', 'Model', 'shared_models', 'models', 'load']
+__all__ = ['LOGGER', 'MANIFEST', 'EXACT', 'staging_folder', 'commit', 'make_importable', 'read_json', 'shared_store', 'hashes_of',
+           'share', 'name_latest', 'fetch', 'Version', 'Model', 'shared_models', 'models', 'load']
 
 # %% ../../nbs/model/store.ipynb #3a0e1dde
 @contextmanager
@@ -199,6 +200,9 @@ class Version:
         return path if path.exists() else None
 
 # %% ../../nbs/model/store.ipynb #78857f78
+EXACT = 1e-9  # what a pipeline answers may differ by, from machine to machine
+
+
 @dataclass(frozen=True)
 class Model(Version):
     """A version with what predicting takes; the pipeline is read when something is predicted."""
@@ -241,26 +245,61 @@ class Model(Version):
         """The folder that holds the package `library` as it was in training."""
         return self.file("library") if self.library else None
 
+    @property
+    def verdict(self) -> dict[str, Any]:
+        """Whether the model was compiled (whole, part or no), and what was found: see `compile.Verdict`."""
+        return {"compiled": "no", "tolerance": EXACT} | (self.facts.get("compiled") or {})
+
+    @property
+    def tolerance(self) -> float:
+        """How far an answer may be from the pipeline's own, relative to numbers larger than 1."""
+        return EXACT if self.verdict["compiled"] == "no" else float(self.verdict["tolerance"])
+
+    @cached_property
+    def predictor(self) -> Predictor | None:
+        """What answers in the place of the pipeline; None if it was not compiled, or not for this machine."""
+        if self.verdict["compiled"] == "no":
+            return None
+        try:
+            return load_predictor(self.file("compiled"), self.contract, lambda: self.pipeline)
+        except ModelError as error:
+            LOGGER.warning("nbprod: the pipeline of %s answers itself: %s", self.tag, error)
+            return None
+
     def compute(self, checked: pd.DataFrame) -> Arrays:
         """Predictions and probabilities, as arrays, for a frame that the contract has checked."""
-        return compute(self.pipeline, checked)
+        return self.predictor.compute(checked) if self.predictor else compute(self.pipeline, checked)
+
+    def compute_rows(self, rows: Sequence[Mapping[str, Any]]) -> Arrays:
+        """Predictions and probabilities, as arrays, for JSON rows that the contract accepts."""
+        if self.predictor:
+            return self.predictor.compute_rows(rows)
+        return compute(self.pipeline, self.contract.frame(rows))
 
     def answer(self, frame: pd.DataFrame) -> Answer:
         """Predictions and probabilities for `frame`, checked by the contract."""
         return self.compute(self.contract.check_frame(frame)).answer()
 
     def predict(self, frame: pd.DataFrame) -> np.ndarray:
-        """What the pipeline's `predict` gives for `frame`, checked by the contract."""
-        return self.pipeline.predict(self.contract.check_frame(frame))
+        """What the pipeline's `predict` gives (within `tolerance`) for `frame`, checked by the contract."""
+        return self.compute(self.contract.check_frame(frame)).predictions
 
     def predict_proba(self, frame: pd.DataFrame) -> np.ndarray:
         """What the pipeline's `predict_proba` gives for `frame`, checked by the contract."""
-        return self.pipeline.predict_proba(self.contract.check_frame(frame))
+        checked = self.contract.check_frame(frame)
+        found = self.predictor.compute(checked).probabilities if self.predictor else None
+        return self.pipeline.predict_proba(checked) if found is None else found
 
     def as_dict(self) -> dict[str, Any]:
         """The facts of a listing, as JSON values."""
         facts = {"name": self.name, "version": self.version, "created": self.facts["created"]}
-        return {"tag": self.tag, **facts, "run": self.run, "format": "skops", "compiled": "no"}
+        return {
+            "tag": self.tag,
+            **facts,
+            "run": self.run,
+            "format": "skops",
+            "compiled": self.verdict["compiled"],
+        }
 
 # %% ../../nbs/model/store.ipynb #23fae384
 def _facts_of(names: Iterable[str], remote: Remote, settings: Settings) -> dict[str, dict[str, Any]]:

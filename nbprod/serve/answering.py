@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..model.pipeline import answer
-from ..model.store import Model
+from ..model.store import EXACT, Model
 from .append_log import check_writable
 from .counting import ServiceMetrics
 from .decoding import RequestError, outcomes
@@ -25,10 +24,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
 # %% auto #0
-__all__ = ['TOLERANCE', 'Parity', 'compare', 'answer_rows', 'split_issued', 'Answerer']
-
-# %% ../../nbs/serve/answering.ipynb #e7ab72b0
-TOLERANCE = 1e-9
+__all__ = ['Parity', 'compare', 'answer_rows', 'split_issued', 'Answerer']
 
 # %% ../../nbs/serve/answering.ipynb #a2ba09d5
 def _difference(expected: Any, given: Any) -> float:
@@ -75,18 +71,18 @@ def _row_difference(expected: Sequence[Any], given: Sequence[Any]) -> float:
     return max(map(_difference, expected, given), default=math.inf)
 
 # %% ../../nbs/serve/answering.ipynb #cf1eb8f4
-def compare(examples: Mapping[str, Any], given: Mapping[str, Any]) -> Parity:
-    """Compare an answer (predictions, probabilities) to what golden `examples` expect."""
+def compare(examples: Mapping[str, Any], given: Mapping[str, Any], tolerance: float = EXACT) -> Parity:
+    """Compare an answer (predictions, probabilities) to what golden `examples` expect, within `tolerance`."""
     rows = len(examples["rows"])
     differences = list(map(_row_difference, _flat(examples, rows), _flat(given, rows)))
-    wrong = tuple(row for row, difference in enumerate(differences) if difference > TOLERANCE)
+    wrong = tuple(row for row, difference in enumerate(differences) if difference > tolerance)
     return Parity(rows, wrong, max(differences, default=0.0))
 
 # %% ../../nbs/serve/answering.ipynb #183210ed
 def answer_rows(model: Model, rows: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The checked frame of JSON rows; their predictions and, if there are any, probabilities."""
     frame = model.contract.frame(rows)
-    given = answer(model.pipeline, frame)
+    given = model.compute_rows(rows).answer()
     probabilities = {} if given.probabilities is None else {"probabilities": given.probabilities}
     return frame, {"predictions": given.predictions} | probabilities
 
@@ -104,7 +100,8 @@ class Answerer:
         folder = settings.predictions / model.name
         check_writable(folder)
         self.model, self.metrics = model, ServiceMetrics(model, registry)
-        self.parity = compare(model.examples, answer_rows(model, model.examples["rows"])[1])
+        given = answer_rows(model, model.examples["rows"])[1]
+        self.parity = compare(model.examples, given, model.tolerance)
         self._log = PredictionLog(folder, model.tag, model.contract, self.metrics.bins, self.metrics.dropped)
         self._feedback_log = FeedbackLog(folder, self.metrics.dropped)
 

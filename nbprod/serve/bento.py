@@ -48,6 +48,7 @@ __all__ = ['SERVING_PACKAGES', 'PARITY_FILE', 'imported_modules', 'requirements'
 # %% ../../nbs/serve/bento.ipynb #3a49a401
 SERVING_PACKAGES = (
     "numpy",
+    "onnxruntime",
     "orjson",
     "pandas",
     "prometheus-client",
@@ -172,7 +173,8 @@ def check_parity(model: Model, home: Path, settings: Settings) -> Parity:
     aside = replace(settings, store=home / "store")
     environ = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     with start_service(model.tag, home=home, settings=aside, environ=environ) as url:
-        return compare(model.examples, post(f"{url}/predict", {"rows": model.examples["rows"]}))
+        given = post(f"{url}/predict", {"rows": model.examples["rows"]})
+    return compare(model.examples, given, model.tolerance)
 
 # %% ../../nbs/serve/bento.ipynb #d67ee332
 def require_parity(model: Model, parity: Parity) -> None:
