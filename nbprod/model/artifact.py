@@ -9,6 +9,7 @@ import json
 import re
 import secrets
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime, UTC
@@ -21,6 +22,7 @@ from ..experiment.recording import current_run, emit
 from ..files import is_held
 from .baseline import profile
 from .compile import compile_model
+from .column import Column
 from .contract import Contract, infer_contract, plain_rows
 from .pipeline import Answer, answer, write_pipeline
 from .predictor import save_predictor
@@ -143,12 +145,13 @@ def stage(
     labels: Any = None,
     training: pd.DataFrame | None = None,
     settings: Settings | None = None,
+    columns: Mapping[str, Column] | None = None,
 ) -> None:
     """Write everything about a fitted `model` but its run into the empty `folder`."""
     library = settings.library if settings else None
     write_pipeline(model, folder / "pipeline.skops", library)
     reference = inputs if training is None else training
-    contract = infer_contract(_joined_nullability(reference, inputs))
+    contract = infer_contract(_joined_nullability(reference, inputs), columns)
     inputs = contract.check_frame(inputs)
     given = answer(model, inputs)
     baseline = profile(
@@ -206,18 +209,21 @@ def log_model(
     labels: Any = None,
     *,
     training: pd.DataFrame | None = None,
+    columns: Mapping[str, Column] | None = None,
 ) -> str:
     """Log a fitted scikit-learn `model` under `name`; returns its tag.
 
     `inputs` are hold-out rows as the model takes them, `labels` their true outcome; from them come the golden
     examples, the profile of the predictions and the hold-out metrics. Contract and feature profile come from
-    `training`, the frame that the model was fitted on, or from `inputs` where it is not given.
+    `training`, the frame that the model was fitted on, or from `inputs` where it is not given. What cannot be
+    seen in data is said by `columns`: `{"distance": nbprod.Column(ge=0, unit="miles")}`. Raises
+    `ContractError` where the data break it.
     """
     _check_inputs(model, check_name(name), inputs, training)
     settings, context = load_settings(required=False), current_run()
     tag = f"{name}:{context.id if context else _live_version()}"
     with staging_folder(context.folder if context else bentoml_home() / "tmp") as folder:
-        stage(folder, tag, model, inputs, labels, training, settings)
+        stage(folder, tag, model, inputs, labels, training, settings, columns=columns)
         if context is None:
             _note_origin(folder, settings)
             commit(folder, tag)

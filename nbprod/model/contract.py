@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ContractError, UnusualValueWarning
 from . import validation
 from .column import Column as Column
+from .decoder import RowDecoder
 from .inference import infer_columns
 from .rejection import Finding as Finding, refuse as refuse, shorten as shorten
 from .rows import RowReader, plain_values
@@ -42,6 +43,11 @@ class Contract:
         """What reads JSON rows by this contract."""
         return RowReader(self.columns)
 
+    @cached_property
+    def decoder(self) -> RowDecoder:
+        """What reads the bytes of a request by this contract."""
+        return RowDecoder(self.reader)
+
     def frame(self, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         """JSON `rows` as a frame of `len(rows)` by `len(columns)` with the training dtypes.
 
@@ -52,7 +58,7 @@ class Contract:
     def check_frame(self, frame: pd.DataFrame, *, warn: bool = False) -> pd.DataFrame:
         """The contract's columns of `frame`, in order and with the training dtypes; others are left out.
 
-        With `warn`, an `UnusualValueWarning` to the caller's caller tells of values that training did not see.
+        With `warn`, an `UnusualValueWarning` tells of values that training did not see.
         Raises `ContractError` where a column is missing, has a null it may not have, or another type;
         findings name the rows by their labels.
         """

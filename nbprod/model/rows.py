@@ -5,7 +5,7 @@
 # %% ../../nbs/model/rows.ipynb #ced9674f
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ContractError
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['own_array', 'shared_dtype', 'FrameMaker', 'RowReader', 'plain_values']
+__all__ = ['own_array', 'shared_dtype', 'FrameMaker', 'CheckedRows', 'RowReader', 'plain_values']
 
 # %% ../../nbs/model/rows.ipynb #2b1c12c5
 def _key_findings(row: int, given: Any, names: Sequence[str]) -> list[Finding]:
@@ -141,6 +141,14 @@ class FrameMaker:
         blocks = [*map(_as_block, own), *shared]
         return create_dataframe_from_blocks(list(zip(blocks, self._places, strict=True)), index, self.names)
 
+# %% ../../nbs/model/rows.ipynb #499182f0
+class CheckedRows(list[dict[str, Any]]):
+    """JSON rows that keep the contract of `reader`, with the `columns` that its readers make of them."""
+
+    def __init__(self, rows: Iterable[dict[str, Any]], columns: list[list[Any]], reader: RowReader) -> None:
+        super().__init__(rows)
+        self.columns, self.reader = columns, reader
+
 # %% ../../nbs/model/rows.ipynb #c9304353
 def _nullable(column: Column) -> Reader:
     read = value_reader(column)
@@ -161,6 +169,8 @@ class RowReader:
 
         Raises `ContractError` with every finding (row, column, message) if any row breaks the contract.
         """
+        if isinstance(rows, CheckedRows) and rows.reader is self:
+            return rows.columns
         try:
             if all(row.keys() == self._expected for row in rows):
                 return [[read(row[name]) for row in rows] for name, read in self._readers]
