@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nbprod.experiment.search_space import log_uniform as log_uniform, uniform as uniform
     from nbprod.experiment.sweeps import sweep as sweep
     from nbprod.model.artifact import log_model as log_model
+    from nbprod.model.column import Column as Column
     from nbprod.model.reproduce import reproduce as reproduce
     from nbprod.monitor.report import report as report
     from nbprod.project import new as new
@@ -48,6 +49,7 @@ NAMES: dict[str, str] = {
     "log_data": "nbprod.experiment.recording",
     "log_metrics": "nbprod.experiment.recording",
     "log_model": "nbprod.model.artifact",
+    "Column": "nbprod.model.column",
     "reproduce": "nbprod.model.reproduce",
     "models": "nbprod.release.catalog",
     "push": "nbprod.release.exchange",

@@ -12,7 +12,7 @@ from pathlib import Path
 # %% auto #0
 __all__ = ['NbprodError', 'UsageError', 'SettingsError', 'ParameterError', 'NotFoundError', 'did_you_mean', 'RunError',
            'SharingError', 'CellError', 'ClusterError', 'ModelError', 'ScoreError', 'ReleaseError', 'StoreError',
-           'ServeError', 'ContractError']
+           'ServeError', 'ContractError', 'UnusualValueWarning']
 
 # %% ../nbs/errors.ipynb #cdd59dc5
 class NbprodError(Exception):
@@ -106,3 +106,7 @@ class ContractError(NbprodError):
     def __init__(self, message: str, detail: list[dict[str, object]] | None = None) -> None:
         super().__init__(message)
         self.detail = detail or []
+
+# %% ../nbs/errors.ipynb #1921c3ff
+class UnusualValueWarning(UserWarning):
+    """Values that keep a model's contract, but that its training data did not contain."""

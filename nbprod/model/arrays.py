@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .column import Column, training_dtype
+from .column import Column
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,17 +38,21 @@ def _moments(column: Column, values: np.ndarray, null: np.ndarray) -> Any:
     moments = ticks.view(f"datetime64[{column.resolution}]")
     if not column.zoned:
         return moments
-    zone = training_dtype(column).tz  # type: ignore[union-attr]
-    return pd.DatetimeIndex(moments).tz_localize("UTC").tz_convert(zone).array
+    return pd.DatetimeIndex(moments).tz_localize("UTC").tz_convert(column.training_dtype.tz).array  # type: ignore[union-attr]
 
 # %% ../../nbs/model/arrays.ipynb #484f88b0
 def _categories(column: Column, values: np.ndarray, null: np.ndarray) -> Any:
+    import numpy as np
     import pandas as pd
 
-    present = values[~null].tolist()
-    unseen = sorted(set(present).difference(column.categories or ()))
-    dtype = pd.CategoricalDtype([*(column.categories or ()), *unseen], ordered=column.ordered)
-    return pd.Categorical(_objects(values, null), dtype=dtype)
+    codes, dtype = column.codes, column.training_dtype
+    given = [None if gap else value for value, gap in zip(values.tolist(), null.tolist(), strict=True)]
+    unseen: list[Any] = sorted({value for value in given if value is not None} - codes.keys())
+    if unseen:
+        codes = codes | {value: len(codes) + more for more, value in enumerate(unseen)}
+        dtype = pd.CategoricalDtype(list(codes), ordered=column.ordered)
+    found = np.array([-1 if value is None else codes[value] for value in given], dtype=np.int64)
+    return pd.Categorical.from_codes(found, dtype=dtype)
 
 
 def _objects(values: np.ndarray, null: np.ndarray) -> np.ndarray:
@@ -72,7 +76,7 @@ def column_array(column: Column, values: np.ndarray, null: np.ndarray) -> Any:
     if column.type == "category":
         return _categories(column, values, null)
     objects = _objects(values, null)
-    return objects if column.dtype == "object" else pd.array(objects, dtype=training_dtype(column))
+    return objects if column.dtype == "object" else pd.array(objects, dtype=column.training_dtype)
 
 # %% ../../nbs/model/arrays.ipynb #f4b30dc9
 def frame_of(arrays: Mapping[str, Any], index: pd.Index) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import logging
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, UTC
 from pathlib import Path
@@ -22,6 +22,7 @@ from ..experiment.recording import current_run, emit
 from ..files import is_held
 from .baseline import profile
 from .compile import compile_model
+from .column import Column
 from .contract import infer_contract
 from .examples import check_saved, golden_examples
 from .kinds import Kind, describe, holdout_metrics
@@ -138,12 +139,13 @@ def stage(
     training: pd.DataFrame | None = None,
     settings: Settings | None = None,
     *,
+    columns: Mapping[str, Column] | None = None,
     trusted: Sequence[str] = (),
     allow_pickle: bool = False,
 ) -> None:
     """Write everything about a fitted `model` but its run into the empty `folder`."""
     reference = inputs if training is None else training
-    contract = infer_contract(_joined_nullability(reference, inputs))
+    contract = infer_contract(_joined_nullability(reference, inputs), columns)
     inputs = contract.check_frame(inputs)
     given = ask(model, inputs)
     kind = describe(model, given)
@@ -221,6 +223,7 @@ def log_model(
     labels: Any = None,
     *,
     training: pd.DataFrame | None = None,
+    columns: Mapping[str, Column] | None = None,
     trusted: Sequence[str] = (),
     allow_pickle: bool = False,
 ) -> str:
@@ -228,7 +231,9 @@ def log_model(
 
     `inputs` are hold-out rows as the model takes them, `labels` their true outcome; from them come the golden
     examples, the profile of the predictions and the hold-out metrics. Contract and feature profile come from
-    `training`, the frame that the model was fitted on, or from `inputs` where it is not given.
+    `training`, the frame that the model was fitted on, or from `inputs` where it is not given. What cannot be
+    seen in data is said by `columns`: `{"distance": nbprod.Column(ge=0, unit="miles")}`. Raises
+    `ContractError` where the data break it.
 
     `trusted` names classes and functions ("package.module.Class") that the model may hold beside
     scikit-learn's, the project's library's and those of settings.ini; whoever loads it has to trust them too.
@@ -241,6 +246,7 @@ def log_model(
     with staging_folder(context.folder if context else bentoml_home() / "tmp") as folder:
         stage(
             *(folder, tag, model, inputs, labels, training, settings),
+            columns=columns,
             trusted=trusted,
             allow_pickle=allow_pickle,
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,7 +15,16 @@ if TYPE_CHECKING:
     import numpy as np
 
 # %% auto #0
-__all__ = ['Column', 'dtype_name', 'training_dtype']
+__all__ = ['dtype_name', 'Column']
+
+# %% ../../nbs/model/column.ipynb #5013fc1c
+def dtype_name(dtype: np.dtype | ExtensionDtype) -> str:
+    """The name under which a contract knows a dtype."""
+    import pandas as pd
+
+    if isinstance(dtype, pd.StringDtype) and str(dtype) == "string":
+        return f"string[{dtype.storage}]"
+    return str(dtype)
 
 # %% ../../nbs/model/column.ipynb #63445ae2
 @dataclass(frozen=True)
@@ -51,6 +61,20 @@ class Column:
     unit: str = ""
     private: bool = False
 
+    @cached_property
+    def training_dtype(self) -> np.dtype | ExtensionDtype:
+        """The dtype that the column had in training."""
+        import pandas as pd
+
+        if self.type == "category":
+            return pd.CategoricalDtype(list(self.categories or ()), ordered=self.ordered)
+        return pd.api.types.pandas_dtype(self.dtype)
+
+    @cached_property
+    def codes(self) -> dict[Any, int]:
+        """The position of each category."""
+        return {category: code for code, category in enumerate(self.categories or ())}
+
     @property
     def zoned(self) -> bool:
         """Whether it is a datetime with a time zone."""
@@ -61,21 +85,3 @@ class Column:
         """The unit of a datetime: s, ms, us or ns."""
         found = re.match(r"datetime64\[(\w+)", self.dtype)
         return found[1] if found else "us"
-
-# %% ../../nbs/model/column.ipynb #2399f185
-def dtype_name(dtype: np.dtype | ExtensionDtype) -> str:
-    """The name under which a contract knows a dtype; `training_dtype` reads it."""
-    import pandas as pd
-
-    if isinstance(dtype, pd.StringDtype) and str(dtype) == "string":
-        return f"string[{dtype.storage}]"
-    return str(dtype)
-
-# %% ../../nbs/model/column.ipynb #c8cf7f24
-def training_dtype(column: Column) -> np.dtype | ExtensionDtype:
-    """The dtype that the column had in training."""
-    import pandas as pd
-
-    if column.type == "category":
-        return pd.CategoricalDtype(list(column.categories or ()), ordered=column.ordered)
-    return pd.api.types.pandas_dtype(column.dtype)

@@ -259,10 +259,12 @@ def _accepted(
 def compile_model(model: Any, contract: Contract, inputs: pd.DataFrame) -> tuple[Predictor | None, Verdict]:
     """The fastest predictor that is proven equal to a fitted `model`, and the verdict; None if there is none.
 
-    `inputs` are hold-out rows, checked by the contract. Nothing that a conversion does is raised.
+    `inputs` are hold-out rows, checked by the contract. Odd rows that its author refuses are not asked.
+    Nothing that a conversion does is raised.
     """
     reasons: list[str] = []
-    probe = _answerable(model, probe_rows(contract, inputs))
+    accepted, _ = contract.split(probe_rows(contract, inputs))
+    probe = _answerable(model, accepted.reset_index(drop=True))
     try:
         for predictor, off, rows in _predictors(model, contract, probe, reasons):
             if predictor.before is not None and runs_on_arrays(predictor.before, contract, probe):

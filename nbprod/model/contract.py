@@ -5,14 +5,17 @@
 # %% ../../nbs/model/contract.ipynb #9217789d
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ContractError
+from ..errors import ContractError, UnusualValueWarning
 from . import validation
 from .column import Column as Column
+from .contract_table import contract_html
+from .decoder import RowDecoder
 from .inference import infer_columns
 from .rejection import Finding as Finding, refuse as refuse, shorten as shorten
 from .rows import RowReader, plain_values
@@ -41,6 +44,11 @@ class Contract:
         """What reads JSON rows by this contract."""
         return RowReader(self.columns)
 
+    @cached_property
+    def decoder(self) -> RowDecoder:
+        """What reads the bytes of a request by this contract."""
+        return RowDecoder(self.reader)
+
     def frame(self, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         """JSON `rows` as a frame of `len(rows)` by `len(columns)` with the training dtypes.
 
@@ -48,13 +56,18 @@ class Contract:
         """
         return self.reader.frame(rows)
 
-    def check_frame(self, frame: pd.DataFrame) -> pd.DataFrame:
+    def check_frame(self, frame: pd.DataFrame, *, warn: bool = False) -> pd.DataFrame:
         """The contract's columns of `frame`, in order and with the training dtypes; others are left out.
 
+        With `warn`, an `UnusualValueWarning` tells of values that training did not see.
         Raises `ContractError` where a column is missing, has a null it may not have, or another type;
         findings name the rows by their labels.
         """
-        return validation.check_frame(self.columns, frame)
+        checked = validation.check_frame(self.columns, frame)
+        words = validation.unusual_words(self.columns, checked) if warn else ""
+        if words:
+            warnings.warn(words, UnusualValueWarning, stacklevel=3)
+        return checked
 
     def split(self, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[Finding]]:
         """The rows of `frame` that keep the contract, and what is wrong with the others.
@@ -73,6 +86,9 @@ class Contract:
         left out.
         """
         return validation.unusual(self.columns, checked)
+
+    def _repr_html_(self) -> str:
+        return contract_html(self.columns)
 
     def as_dict(self) -> dict[str, Any]:
         """The contract as JSON values; `from_dict` reads it."""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
@@ -196,18 +196,19 @@ _ORDERED_TYPES = ("int", "float", "date", "datetime")
 
 def _said(column: Column, author: Column) -> dict[str, Any]:
     """What the author says, by field; limits as JSON values."""
-    fields = {name: value for name, value in vars(author).items() if value != getattr(Column(), name)}
-    for name in fields.keys() - _SAYS:
+    given = {each.name: getattr(author, each.name) for each in fields(Column)}
+    said = {name: value for name, value in given.items() if value != getattr(Column(), name)}
+    for name in said.keys() - _SAYS:
         instead = {"minimum": " Say ge=…", "maximum": " Say le=…"}.get(name, "")
         raise ContractError(f"Column {column.name!r}: {name} comes from the training data.{instead}")
-    for name in fields.keys() & LIMITS.keys():
-        value = fields[name]
+    for name in said.keys() & LIMITS.keys():
+        value = said[name]
         if column.type not in _ORDERED_TYPES:
             raise ContractError(
                 f"Column {column.name!r}: {name} is for numbers and times, not for {column.type}."
             )
-        fields[name] = value.isoformat() if isinstance(value, date) else value
-    return fields
+        said[name] = value.isoformat() if isinstance(value, date) else value
+    return said
 
 # %% ../../nbs/model/inference.ipynb #444301f9
 def _refuse_contradiction(column: Column) -> None:

@@ -5,12 +5,12 @@
 # %% ../../nbs/model/rows.ipynb #ced9674f
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ContractError
 from .arrays import column_array, frame_of
-from .column import Column, training_dtype
+from .column import Column
 from .rejection import Finding, refuse, shorten
 from .values import Reader, plain, value_reader
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['block_dtype', 'make_frame', 'RowReader', 'plain_values']
+__all__ = ['own_array', 'shared_dtype', 'FrameMaker', 'CheckedRows', 'RowReader', 'plain_values']
 
 # %% ../../nbs/model/rows.ipynb #2b1c12c5
 def _key_findings(row: int, given: Any, names: Sequence[str]) -> list[Finding]:
@@ -54,7 +54,24 @@ def _value_findings(column: Column, read: Reader, rows: Sequence[Mapping[str, An
             yield {"row": position, "column": column.name, "message": message}
 
 # %% ../../nbs/model/rows.ipynb #66bbdfe3
-_IN_BLOCKS = (
+def own_array(column: Column, values: Sequence[Any]) -> Any:
+    """Values (n) that the column's reader gave, None where null, as an array of pandas or NumPy."""
+    import numpy as np
+
+    if column.type == "string" and column.dtype != "object":
+        dtype = column.training_dtype
+        return dtype.construct_array_type()._from_sequence(values, dtype=dtype)  # type: ignore[union-attr]
+    null = np.array([value is None for value in values], dtype=bool)
+    if column.type in ("string", "category", "date"):
+        filled = np.empty(len(values), dtype=object)
+        filled[:] = values
+    else:
+        plain = {"datetime": "int64", "bool": "bool"}.get(column.type, column.dtype.lower())
+        filled = np.array([0 if value is None else value for value in values], dtype=plain)
+    return column_array(column, filled, null)
+
+# %% ../../nbs/model/rows.ipynb #083de12b
+_SHARED = (
     "float64",
     "float32",
     "int64",
@@ -69,60 +86,68 @@ _IN_BLOCKS = (
 )
 
 
-def block_dtype(column: Column) -> str | None:
+def shared_dtype(column: Column) -> str | None:
     """The dtype of the block that the column's values share with others; None for a block of its own."""
-    if column.dtype in _IN_BLOCKS or (column.dtype == "object" and column.type in ("string", "date")):
-        return column.dtype
-    return None
+    plain = column.dtype == "object" and column.type in ("string", "date")
+    return column.dtype if column.dtype in _SHARED or plain else None
 
-# %% ../../nbs/model/rows.ipynb #083de12b
-def _own_array(column: Column, values: Sequence[Any]) -> Any:
-    """Values (n) that the column's reader gave, None where null, as an array of pandas or NumPy."""
+
+def _as_block(array: Any) -> Any:
+    """An array as a block of one column: times have two dimensions there."""
     import numpy as np
     import pandas as pd
 
-    if column.type == "string" and column.dtype != "object":
-        return pd.array(values, dtype=training_dtype(column))
-    null = np.array([value is None for value in values], dtype=bool)
-    if column.type in ("string", "category", "date"):
-        filled = np.empty(len(values), dtype=object)
-        filled[:] = values
-    else:
-        filled = np.array([0 if value is None else value for value in values], dtype=_plain_dtype(column))
-    return column_array(column, filled, null)
-
-
-def _plain_dtype(column: Column) -> str:
-    return {"datetime": "int64", "bool": "bool"}.get(column.type, column.dtype.lower())
+    if isinstance(array, np.ndarray) and array.dtype.kind == "M":
+        array = pd.DatetimeIndex(array).array
+    return array.reshape(1, -1) if isinstance(array.dtype, np.dtype | pd.DatetimeTZDtype) else array
 
 # %% ../../nbs/model/rows.ipynb #52bc7d09
-def make_frame(columns: Sequence[Column], values: Sequence[Sequence[Any]], rows: int) -> pd.DataFrame:
-    """A frame of `rows` rows from the values of each column, as their readers gave them; None where null."""
-    import numpy as np
-    import pandas as pd
+class FrameMaker:
+    """Makes frames of the `columns` of a contract from their values. Made once, used for every request."""
 
-    try:
-        from pandas.api.internals import create_dataframe_from_blocks
-    except ImportError:  # before pandas 2.3
-        create_dataframe_from_blocks = None
-    if create_dataframe_from_blocks is None or any(column.type == "datetime" for column in columns):
-        arrays = [_own_array(column, each) for column, each in zip(columns, values, strict=True)]
-        names = [column.name for column in columns]
-        return frame_of(dict(zip(names, arrays, strict=True)), pd.RangeIndex(rows))
-    places: dict[str, list[int]] = {}
-    blocks: list[tuple[Any, np.ndarray]] = []
-    for place, column in enumerate(columns):
-        dtype = block_dtype(column)
-        if dtype is None:
-            blocks.append((_own_array(column, values[place]), np.array([place])))
-        else:
-            places.setdefault(dtype, []).append(place)
-    for dtype, members in places.items():
+    def __init__(self, columns: Sequence[Column]) -> None:
+        import numpy as np
+        import pandas as pd
+
+        self.names = pd.Index([column.name for column in columns])
+        self.columns = list(columns)
+        self._own = [place for place, column in enumerate(columns) if shared_dtype(column) is None]
+        shared = [(shared_dtype(column), place) for place, column in enumerate(columns)]
+        dtypes = dict.fromkeys(dtype for dtype, _ in shared if dtype is not None)
+        self._shared = {dtype: [place for each, place in shared if each == dtype] for dtype in dtypes}
+        self._places = [
+            np.array(places) for places in ([[own] for own in self._own] + [*self._shared.values()])
+        ]
+
+    def frame(self, values: Sequence[Sequence[Any]], rows: int) -> pd.DataFrame:
+        """A frame of `rows` rows from the values of each column, as its reader gave them; None where null."""
+        import numpy as np
+        import pandas as pd
+
+        own = [own_array(self.columns[place], values[place]) for place in self._own]
         # Among floats, NumPy takes None for NaN.
-        block = np.array([values[place] for place in members], dtype=dtype).reshape(len(members), rows)
-        blocks.append((block, np.array(members)))
-    names = pd.Index([column.name for column in columns])
-    return create_dataframe_from_blocks(blocks, index=pd.RangeIndex(rows), columns=names)
+        shared = [
+            np.array([values[place] for place in places], dtype=dtype).reshape(len(places), rows)
+            for dtype, places in self._shared.items()
+        ]
+        index = pd.RangeIndex(rows)
+        try:
+            from pandas.api.internals import create_dataframe_from_blocks
+        except ImportError:  # before pandas 2.3
+            arrays = dict(zip(self._own, own, strict=True))
+            for places, block in zip(self._shared.values(), shared, strict=True):
+                arrays |= dict(zip(places, block, strict=True))
+            return frame_of({name: arrays[place] for place, name in enumerate(self.names)}, index)
+        blocks = [*map(_as_block, own), *shared]
+        return create_dataframe_from_blocks(list(zip(blocks, self._places, strict=True)), index, self.names)
+
+# %% ../../nbs/model/rows.ipynb #499182f0
+class CheckedRows(list[dict[str, Any]]):
+    """JSON rows that keep the contract of `reader`, with the `columns` that its readers make of them."""
+
+    def __init__(self, rows: Iterable[dict[str, Any]], columns: list[list[Any]], reader: RowReader) -> None:
+        super().__init__(rows)
+        self.columns, self.reader = columns, reader
 
 # %% ../../nbs/model/rows.ipynb #c9304353
 def _nullable(column: Column) -> Reader:
@@ -137,12 +162,15 @@ class RowReader:
         self.columns, self.names = columns, [column.name for column in columns]
         self._expected = frozenset(self.names)
         self._readers = [(column.name, _nullable(column)) for column in columns]
+        self._maker = FrameMaker(columns)
 
     def values(self, rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
         """The values of each column as its reader gives them, None where null.
 
         Raises `ContractError` with every finding (row, column, message) if any row breaks the contract.
         """
+        if isinstance(rows, CheckedRows) and rows.reader is self:
+            return rows.columns
         try:
             if all(row.keys() == self._expected for row in rows):
                 return [[read(row[name]) for row in rows] for name, read in self._readers]
@@ -165,7 +193,7 @@ class RowReader:
 
     def frame(self, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         """JSON `rows` as a frame with the training dtypes; raises as `values` does."""
-        return make_frame(self.columns, self.values(rows), len(rows))
+        return self._maker.frame(self.values(rows), len(rows))
 
 # %% ../../nbs/model/rows.ipynb #a6a679b9
 def plain_values(column: Column, values: pd.Series) -> list[Any]:

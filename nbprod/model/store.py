@@ -283,14 +283,14 @@ class Model(Version):
 
     def predict(self, frame: pd.DataFrame) -> np.ndarray:
         """What the pipeline's `predict` gives (within `tolerance`) for `frame`, checked by the contract."""
-        return self.compute(self.contract.check_frame(frame)).predictions
+        return self.compute(self.contract.check_frame(frame, warn=True)).predictions
 
     def predict_proba(self, frame: pd.DataFrame) -> np.ndarray:
         """What the pipeline's `predict_proba` gives for `frame`, checked by the contract.
 
         Of a classifier with several outputs that is mostly a list of arrays, one an output.
         """
-        checked = self.contract.check_frame(frame)
+        checked = self.contract.check_frame(frame, warn=True)
         found = self.predictor.compute(checked).probabilities if self.predictor else None
         return self.pipeline.predict_proba(checked) if found is None else found
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ContractError
 from .arrays import column_array, frame_of
-from .column import Column, dtype_name, training_dtype
+from .column import Column, dtype_name
 from .rejection import Finding, refuse, shorten
 from .tables import plain_value, read_column
 from .values import LIMITS, category_values, limit_words, limits, type_reader
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['NULL', 'broken_limits', 'Checked', 'fault_message', 'check_column', 'in_training_dtype', 'check_frame', 'split',
-           'unusual']
+           'unusual', 'unusual_words']
 
 # %% ../../nbs/model/validation.ipynb #fcc42e18
 def broken_limits(column: Column, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -89,7 +89,7 @@ def _fits_as_it_is(column: Column, values: pd.Series) -> bool:
     if column.closed or column.pattern is not None or limits(column) or column.type == "date":
         return False
     if column.type == "category":
-        return bool(values.dtype == training_dtype(column))
+        return bool(values.dtype == column.training_dtype)
     if dtype_name(values.dtype) != column.dtype:
         return False
     if column.type == "float":
@@ -208,3 +208,19 @@ def unusual(columns: Sequence[Column], checked: pd.DataFrame) -> dict[str, dict[
     """
     found = {column.name: _unusual_values(column, checked[column.name]) for column in columns}
     return {name: counts for name, counts in found.items() if counts}
+
+# %% ../../nbs/model/validation.ipynb #5193a941
+_UNUSUAL_WORDS = {"below": "below", "above": "above", "unseen": "not among the training values"}
+
+
+def unusual_words(columns: Sequence[Column], checked: pd.DataFrame) -> str:
+    """What `unusual` finds, in one line; "" if it finds nothing."""
+    ends = {column.name: {"below": column.minimum, "above": column.maximum} for column in columns}
+    parts = []
+    for name, counts in unusual(columns, checked).items():
+        words = [
+            f"{count:,} {_UNUSUAL_WORDS[kind]} {ends[name].get(kind, '')}" for kind, count in counts.items()
+        ]
+        parts.append(f"{name}: {', '.join(map(str.strip, words))}")
+    found = "; ".join(parts)
+    return f"Of {len(checked):,} rows, values that training did not see: {found}." if found else ""

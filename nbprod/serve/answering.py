@@ -15,7 +15,7 @@ from ..model.examples import quiet
 from ..model.store import EXACT, Model
 from .append_log import check_writable
 from .counting import ServiceMetrics
-from .decoding import RequestError, outcomes
+from .decoding import RequestError, decode, items, outcomes
 from .ids import is_issued, new_ids
 from .prediction_log import FeedbackLog, PredictionLog
 from ..settings import Settings
@@ -107,6 +107,11 @@ class Answerer:
         self.parity = compare(model.examples, given, model.tolerance)
         self._log = PredictionLog(folder, model.tag, model.contract, self.metrics.bins, self.metrics.dropped)
         self._feedback_log = FeedbackLog(folder, self.metrics.dropped)
+
+    def rows(self, body: bytes) -> Sequence[Mapping[str, Any]]:
+        """The rows in the body of a request; raises `RequestError` or `ContractError`."""
+        checked = self.model.contract.decoder.rows(body)
+        return items(decode(body), "rows") if checked is None else checked
 
     def predict(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Answer JSON rows: predictions, probabilities (of classifiers that have them), ids, model."""

@@ -24,6 +24,7 @@ LABELS: dict[str, tuple[str, ...]] = {
     "nbprod_rows": ("model",),
     "nbprod_predictions": ("model", "bin"),
     "nbprod_feature": ("model", "column", "bin"),
+    "nbprod_unusual_values": ("model", "column", "kind"),
     "nbprod_feedback": ("model",),
     "nbprod_rejected": ("model", "reason"),
     "nbprod_log_dropped": ("model",),
@@ -34,6 +35,7 @@ HELP = {
     "nbprod_rows": "Rows answered",
     "nbprod_predictions": "Rows answered, by bin of the prediction in the training profile",
     "nbprod_feature": "Rows answered, by bin of an input column in the training profile",
+    "nbprod_unusual_values": "Values that training did not see, by column: below, above, unseen",
     "nbprod_feedback": "Outcomes accepted",
     "nbprod_rejected": "Requests refused, by reason",
     "nbprod_log_dropped": "Rows and outcomes that could not be logged",
@@ -76,7 +78,7 @@ class ServiceMetrics:
         from prometheus_client import REGISTRY
 
         registry = registry or REGISTRY
-        self._tag, self._baseline = model.tag, model.baseline
+        self._tag, self._baseline, self._contract = model.tag, model.baseline, model.contract
         self._counters = _counters(registry)
         _announce(model, registry)
         for name in ("nbprod_rows", "nbprod_feedback", "nbprod_log_dropped"):
@@ -103,3 +105,6 @@ class ServiceMetrics:
         for name, labels, counts in binned(self._baseline, entries):
             for index in counts.nonzero()[0]:
                 self._counters[name].labels(self._tag, *labels, str(index)).inc(int(counts[index]))
+        for column, kinds in self._contract.unusual(entry_frame(entries)).items():
+            for kind, count in kinds.items():
+                self._counters["nbprod_unusual_values"].labels(self._tag, column, kind).inc(count)

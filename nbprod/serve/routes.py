@@ -109,7 +109,8 @@ class Desk:
 
     def predict(self, body: bytes) -> Any:
         """Answer the body of POST /predict."""
-        return self.opened().predict(items(decode(body), "rows"))
+        answerer = self.opened()
+        return answerer.predict(answerer.rows(body))
 
     def feedback(self, body: bytes) -> Any:
         """Answer the body of POST /feedback."""
