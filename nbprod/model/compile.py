@@ -17,7 +17,7 @@ from .contract import Contract, plain_rows
 from .conversion import called, convert, packs, parts
 from .graph import Width, kinds_of
 from .pipeline import Arrays, compute
-from .predictor import Plan, Predictor, call, functions_of, shape_of
+from .predictor import Plan, Predictor, call, functions_of, names_of, shape_of
 from .probe import edge_rows, probe_rows
 from .trees import split_values
 
@@ -268,7 +268,7 @@ def compile_model(model: Any, contract: Contract, inputs: pd.DataFrame) -> tuple
     try:
         for predictor, off, rows in _predictors(model, contract, probe, reasons):
             if predictor.before is not None and runs_on_arrays(predictor.before, contract, probe):
-                plan = replace(predictor.plan, arrays=True)
+                plan = replace(predictor.plan, arrays=True, functions=names_of(predictor.before))
                 predictor = Predictor(predictor.graph, plan, contract, predictor.before)
             off = max(off, judge_whole(predictor, model, probe))
             if off > TOLERANCE:

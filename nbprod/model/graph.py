@@ -77,12 +77,16 @@ def _by_column(frame: pd.DataFrame, kinds: Mapping[str, str], width: Width) -> d
     """The inputs that a table makes, column by column."""
     import numpy as np
 
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for place, (name, kind) in enumerate(kinds.items()):
         column = frame.iloc[:, place]
-        given = {"dtype": object} if kind == "text" else {"dtype": width, "na_value": np.nan}
-        arrays[name] = column.to_numpy(**given)
-    return feed_columns(arrays, kinds, width)
+        if kind == "text":
+            values, missing = column.to_numpy(dtype=object), column.isna().to_numpy()
+            made = np.where(missing, MISSING, values) if missing.any() else values
+        else:
+            made = column.to_numpy(dtype=width, na_value=np.nan)
+        arrays[name] = made.reshape(-1, 1)
+    return arrays
 
 # %% ../../nbs/model/graph.ipynb #64bd9094
 def feed(inputs: Any, kinds: Mapping[str, str], width: Width, packed: bool = False) -> dict[str, Any]:

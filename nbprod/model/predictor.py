@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +25,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['functions_of', 'call', 'Plan', 'shape_of', 'read_outputs', 'Predictor', 'save_predictor', 'load_predictor']
+__all__ = ['functions_of', 'call', 'names_of', 'imported', 'Later', 'Plan', 'shape_of', 'read_outputs', 'Predictor',
+           'save_predictor', 'needs_pipeline', 'load_predictor']
 
 # %% ../../nbs/model/predictor.ipynb #54711abf
 def functions_of(before: Any) -> list[Callable[[Any], Any]] | None:
@@ -50,6 +54,43 @@ def call(functions: Sequence[Callable[[Any], Any]], inputs: Columns | pd.DataFra
             inputs = function(inputs)
     return inputs
 
+# %% ../../nbs/model/predictor.ipynb #3c5a7e02
+def names_of(before: Any) -> list[list[str]] | None:
+    """The module and the name of each function that steps call; None if one cannot be found by them."""
+    found = []
+    for _, step in before.steps:
+        module, name = getattr(step.func, "__module__", None), getattr(step.func, "__qualname__", "")
+        if step.kw_args or getattr(sys.modules.get(str(module)), name, None) is not step.func:
+            return None
+        found.append([str(module), name])
+    return found
+
+
+def imported(names: Sequence[Sequence[str]], library: str | None) -> list[Callable[[Any], Any]] | None:
+    """The functions of these modules and names; None if one is not of `library`, or not there."""
+    if not names or any(module.partition(".")[0] != library for module, _ in names):
+        return None
+    try:
+        return [getattr(import_module(module), name) for module, name in names]
+    except (ImportError, AttributeError):
+        return None
+
+
+class Later:
+    """Steps in Python that are read when they are needed."""
+
+    def __init__(self, read: Callable[[], Any]) -> None:
+        self._read = read
+
+    @cached_property
+    def steps(self) -> Any:
+        """The steps."""
+        return self._read()
+
+    def transform(self, frame: pd.DataFrame) -> Any:
+        """What the steps make of a table."""
+        return self.steps.transform(frame)
+
 # %% ../../nbs/model/predictor.ipynb #5639aae3
 @dataclass(frozen=True)
 class Plan:
@@ -59,7 +100,7 @@ class Plan:
     array; `packed` numbers of a table are one too. `steps` of the pipeline run in Python before it, on arrays
     if `arrays`. `dtype` and `outputs` are those of the pipeline's predictions (outputs 0: one value a row),
     `probabilistic` tells whether it has probabilities. With `labels`, the prediction is the label of the
-    largest of them; else the graph's own.
+    largest of them; else the graph's own. `functions` are those that run on arrays, by module and name.
     """
 
     width: Width
@@ -71,6 +112,7 @@ class Plan:
     outputs: int = 0
     probabilistic: bool = False
     labels: Sequence[Any] | None = None
+    functions: Sequence[Sequence[str]] | None = None
 
 
 def shape_of(answer: Arrays, classes: np.ndarray | None) -> dict[str, Any]:
@@ -105,7 +147,14 @@ def read_outputs(plan: Plan, given: Sequence[np.ndarray]) -> Arrays:
 class Predictor:
     """A graph and the steps before it, with the ways that their plan allows. Threads may share it."""
 
-    def __init__(self, graph: bytes, plan: Plan, contract: Contract, before: Any | None = None) -> None:
+    def __init__(
+        self,
+        graph: bytes,
+        plan: Plan,
+        contract: Contract,
+        before: Any | None = None,
+        functions: Sequence[Callable[[Any], Any]] | None = None,
+    ) -> None:
         self.graph, self.plan, self.contract, self.before = graph, plan, contract, before
         self._sessions = Sessions(graph)
         self._names = self._sessions.outputs[: 1 + plan.probabilistic]
@@ -115,7 +164,7 @@ class Predictor:
         self._feeder = RowFeeder(contract, plan.inputs, plan.width, plan.packed) if direct else None
         dtypes = array_dtypes(contract) if plan.arrays else None
         self._reader = ColumnReader(contract, dtypes) if dtypes else None
-        self._functions = functions_of(before) if plan.arrays else None
+        self._functions = (functions or functions_of(before)) if plan.arrays else None
 
     def run(self, given: Mapping[str, Any]) -> Arrays:
         """The answer to the inputs of the graph."""
@@ -155,14 +204,39 @@ def save_predictor(predictor: Predictor, folder: Path) -> None:
     (folder / "plan.json").write_text(json.dumps(asdict(predictor.plan)), encoding="utf-8")
 
 
-def load_predictor(folder: Path, contract: Contract, pipeline: Callable[[], Any]) -> Predictor:
+def _read_plan(folder: Path) -> Plan:
+    """The plan in `folder`."""
+    try:
+        return Plan(**json.loads((folder / "plan.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{folder} holds no compiled model: {error}") from error
+
+
+def needs_pipeline(folder: Path, library: str | None) -> bool:
+    """Whether the predictor in `folder` needs the pipeline; the functions that it calls are imported."""
+    try:
+        plan = _read_plan(folder)
+    except ModelError:
+        return True  # it answers itself
+    return plan.steps > 0 and not (plan.arrays and imported(plan.functions or (), library))
+
+
+def load_predictor(
+    folder: Path, contract: Contract, pipeline: Callable[[], Any], library: str | None = None
+) -> Predictor:
     """The predictor in `folder`; `pipeline` is asked if steps before the graph are needed.
+
+    Functions of the project's `library` are imported by their names, without the pipeline.
 
     Raises `ModelError` if the files are damaged, or ONNX Runtime cannot execute the graph here.
     """
+    plan = _read_plan(folder)
     try:
-        plan = Plan(**json.loads((folder / "plan.json").read_text(encoding="utf-8")))
         graph = (folder / "graph.onnx").read_bytes()
-    except (OSError, ValueError, TypeError) as error:
+    except OSError as error:
         raise ModelError(f"{folder} holds no compiled model: {error}") from error
-    return Predictor(graph, plan, contract, pipeline()[: plan.steps] if plan.steps else None)
+    if not plan.steps:
+        return Predictor(graph, plan, contract)
+    functions = imported(plan.functions or (), library) if plan.arrays else None
+    steps = Later(lambda: pipeline()[: plan.steps])
+    return Predictor(graph, plan, contract, steps if functions else steps.steps, functions)

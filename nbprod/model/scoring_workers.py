@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from ..errors import NbprodError, ScoreError
 from ..experiment.forking import ForkedProcess, ForkServer, serve
+from .predictor import needs_pipeline
 from .scoring_inputs import Part
 from .scoring_part import Scorer, Work, score_part
 from .trust import Trust
@@ -103,7 +104,8 @@ def warm(model: Model) -> None:
     _ = model.contract, model.examples
     if model.verdict["compiled"] != "no":
         import onnxruntime  # noqa: F401
-    if model.verdict["compiled"] != "whole":
+    library = model.source()["library"] if model.library else None
+    if model.verdict["compiled"] == "no" or needs_pipeline(model.file("compiled"), library):
         _ = model.pipeline
 
 

@@ -262,7 +262,8 @@ class Model(Version):
         if self.verdict["compiled"] == "no":
             return None
         try:
-            return load_predictor(self.file("compiled"), self.contract, lambda: self.pipeline)
+            library = self.source()["library"] if self.library else None
+            return load_predictor(self.file("compiled"), self.contract, lambda: self.pipeline, library)
         except ModelError as error:
             LOGGER.warning("nbprod: the pipeline of %s answers itself: %s", self.tag, error)
             return None
