@@ -1438,6 +1438,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'nbprod/model/contract.py'),
                                        'nbprod.model.contract.Contract.check_frame': ( 'model/contract.html#contract.check_frame',
                                                                                        'nbprod/model/contract.py'),
+                                       'nbprod.model.contract.Contract.compare': ( 'model/contract.html#contract.compare',
+                                                                                   'nbprod/model/contract.py'),
                                        'nbprod.model.contract.Contract.decoder': ( 'model/contract.html#contract.decoder',
                                                                                    'nbprod/model/contract.py'),
                                        'nbprod.model.contract.Contract.frame': ( 'model/contract.html#contract.frame',

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import NbprodError
 from ..experiment.run_table import column_texts, notebook_link, short_text
+from .contract_table import demands
 from ..settings import find_project, load_settings
 
 if TYPE_CHECKING:
@@ -176,12 +177,12 @@ def _seen(column: Column) -> str:
 
 def column_row(column: Column) -> dict[str, str]:
     """A column of a contract as the texts of a table."""
-    unit = getattr(column, "unit", "") or ""
     return {
         "column": column.name,
         "type": column.type,
         "null": "yes" if column.nullable else "",
-        "in training": f"{_seen(column)} {unit}".strip(),
+        "accepted": demands(column),
+        "in training": f"{_seen(column)} {column.unit}".strip(),
         "description": column.description,
     }
 
@@ -219,8 +220,9 @@ def _is_here(model: Model) -> bool:
 
 def _aligned(rows: Sequence[Mapping[str, str]]) -> list[str]:
     """Rows of texts as lines, their names first."""
-    table = [{name: name for name in rows[0]}, *rows]
-    widths = {name: max(len(row[name]) for row in table) for name in rows[0]}
+    used = [name for name in rows[0] if any(row[name] for row in rows)]
+    table = [{name: name for name in used}, *rows]
+    widths = {name: max(len(row[name]) for row in table) for name in used}
     return ["  ".join(row[name].ljust(widths[name]) for name in widths).rstrip() for row in table]
 
 

@@ -22,6 +22,7 @@ from .rows import RowReader, plain_values
 from .schema import json_schema as json_schema
 
 if TYPE_CHECKING:
+    from nbprod.model.compatibility import Comparison
     import pandas as pd
 
 # %% auto #0
@@ -86,6 +87,12 @@ class Contract:
         left out.
         """
         return validation.unusual(self.columns, checked)
+
+    def compare(self, new: Contract) -> Comparison:
+        """What it means for callers of this contract that `new` takes its place: see `compare_contracts`."""
+        from nbprod.model.compatibility import compare_contracts
+
+        return compare_contracts(self, new)
 
     def _repr_html_(self) -> str:
         return contract_html(self.columns)
