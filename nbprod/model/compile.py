@@ -278,6 +278,7 @@ def compile_model(model: Any, contract: Contract, inputs: pd.DataFrame) -> tuple
             if verdict.gains:
                 return predictor, verdict
             reasons.append(f"nothing is gained by compiling what follows {verdict.steps} steps")
+            break  # less would be gained by compiling less
     except Exception as error:  # a model is logged whatever compiling it meets
         reasons.append(_reason(error))
     return None, Verdict("no", rows=len(probe), reason="; ".join(dict.fromkeys(reasons)))
