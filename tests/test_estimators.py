@@ -214,14 +214,14 @@ def test_each_that_is_compiled_agrees_within_its_tolerance(
 def test_a_table_of_counts(cases: list[Case], capsys: pytest.CaptureFixture[str]):
     def fate(case: Case) -> str:
         if case.model is None:
-            return "refused" if hasattr(case.pipeline, "predict") else "no predict"
-        return {"whole": "whole", "part": "part"}.get(
-            compiled(case.model).get("compiled", ""), "not compiled"
-        )
+            return "refused by name" if hasattr(case.pipeline, "predict") else "no predict method"
+        names = {"whole": "compiled wholly", "part": "in part"}
+        return names.get(compiled(case.model).get("compiled", ""), "not at all")
 
+    saved = ["compiled wholly", "in part", "not at all"]
     counts = Counter((case.kind, fate(case)) for case in cases)
     table = pd.Series(counts).unstack(fill_value=0)
-    saved = [name for name in ("whole", "part", "not compiled") if name in table]
+    table = table.reindex(columns=[*saved, "refused by name", "no predict method"], fill_value=0)
     table.insert(0, "saved safely", table[saved].sum(axis=1))
     with capsys.disabled():
         print(f"\n\n{table.T.assign(all=table.sum()).to_string()}\n")
