@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -13,11 +14,21 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from openapi_spec_validator import validate
+from prometheus_client import CollectorRegistry
+from sklearn.compose import make_column_transformer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder
 
 import nbprod
-from nbprod.errors import ContractError
+from nbprod.errors import ContractError, UnusualValueWarning
 from nbprod.model.compatibility import compare_contracts
 from nbprod.model.contract import Column, Contract, infer_contract, json_schema, plain_rows
+from nbprod.monitor.drift import drift
+from nbprod.serve.answering import Answerer
+from nbprod.serve.openapi import openapi_document
+from nbprod.settings import load_settings
 
 Row = dict[str, Any]
 quickly = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -130,7 +141,7 @@ RULES: dict[str, Callable[[Column, Any], bool]] = {
         is_number(value) and value == int(value) and bounds(column)[0] <= value <= bounds(column)[1]
     ),
     "float": lambda column, value: (
-        is_number(value) and abs(value) <= np.finfo(column.dtype).max and in_limits(column, value)
+        is_number(value) and abs(value) <= float(np.finfo(column.dtype).max) and in_limits(column, value)
     ),
     "string": lambda column, value: (
         isinstance(value, str) and (not column.closed or value in (column.categories or ()))
@@ -270,6 +281,35 @@ def test_what_a_comparison_says_is_what_callers_meet(old: Column, new: Column, d
     assert compare_contracts(before, before).verdict == "compatible"
 
 
+def witnesses(column: Column) -> list[Any]:
+    """Values at the ends of what a column may accept, one of which a narrower column has to refuse."""
+    if column.type == "int":
+        ends: list[Any] = [*bounds(column)]
+    elif column.type == "float":
+        largest = float(np.finfo(column.dtype).max)
+        ends = [
+            -largest if column.ge is None else column.ge,
+            largest if column.le is None else column.le,
+            0.5,
+        ]
+    elif column.type in ("string", "category"):
+        ends = [*(column.categories or ()), "never seen"]
+    elif column.type == "datetime":
+        fine = "" if column.resolution == "us" else "001"
+        ends = [f"2013-01-31T12:00:00.000001{fine}{'Z' if column.zoned else ''}"]
+    else:
+        ends = [True] if column.type == "bool" else ["0001-01-01", "2013-01-31"]
+    return [each for each in [*ends, None] if accepts(Contract((column,)), {"a": each})]
+
+
+@settings(quickly, max_examples=150)
+@given(columns("a"), columns("a"))
+def test_nothing_is_called_breaking_that_refuses_no_caller(old: Column, new: Column):
+    refused = [each for each in witnesses(old) if not accepts(Contract((new,)), {"a": each})]
+    comparison = compare_contracts(Contract((old,)), Contract((new,)))
+    assert (comparison.verdict == "breaking") == bool(refused), (comparison, refused)
+
+
 def test_columns_that_come_and_go_break_callers():
     one, both = (
         Contract((Column("a", "int", "int64"),)),
@@ -328,3 +368,242 @@ def test_limits_that_the_data_or_they_themselves_break_are_refused(column: Colum
 def test_a_column_that_the_frame_lacks_is_named():
     with pytest.raises(ContractError, match=r"'distanc'.*'distance'"):
         infer_contract(pd.DataFrame({"distance": [400, 1000]}), {"distanc": nbprod.Column(ge=0)})
+
+
+# Kinds of columns at their edges
+
+ODD = {
+    "texts of nulls alone": pd.Series([None, None], dtype=object),
+    "numbers of nulls alone": pd.Series([np.nan, np.nan]),
+    "no category": pd.Series(pd.Categorical([None, None], categories=[])),
+    "ordered numbers as categories": pd.Series(pd.Categorical([1, None], categories=[2, 1], ordered=True)),
+    "NaN among objects": pd.Series(["UA", np.nan], dtype=object),
+    "None among objects": pd.Series(["UA", None], dtype=object),
+    "texts in Python": pd.Series(["UA", None], dtype="string[python]"),
+    "texts in Arrow": pd.Series(["UA", None], dtype="string[pyarrow]"),
+    "first and last day": pd.Series([date(1, 1, 1), date(9999, 12, 31)], dtype=object),
+    "both sides of a change of clocks": pd.Series(
+        pd.to_datetime(["2013-10-27T00:30Z", "2013-10-27T01:30Z"]).tz_convert("Europe/Berlin")
+    ),
+    "a fixed offset": pd.Series(pd.to_datetime(["2013-01-01T00:00+05:30", None])),
+    "nanoseconds": pd.Series(pd.to_datetime(["2013-01-01T00:00:00.000000007", None]).as_unit("ns")),
+    "the largest number": pd.Series([2**64 - 1, None], dtype="UInt64"),
+    "half precision": pd.Series([1.5, 2.0], dtype="float16"),
+    "maybe": pd.Series([True, None], dtype="boolean"),
+    "no rows": pd.Series([], dtype="Int64"),
+}
+
+
+@pytest.mark.parametrize("name", ['12" vinyl', "", "class", "größe\n日本"])
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_columns_come_back_as_they_were(kind: str, name: str):
+    frame = pd.DataFrame({name: ODD[kind]})
+    contract = Contract.from_dict(json.loads(json.dumps(infer_contract(frame).as_dict())))
+    rows = plain_rows(contract, frame)
+    pd.testing.assert_frame_equal(contract.frame(json.loads(json.dumps(rows, allow_nan=False))), frame)
+    decoded = contract.decoder.rows(body_of(rows))
+    pd.testing.assert_frame_equal(contract.frame(rows if decoded is None else decoded), frame)
+    accepted, rejected = contract.split(frame)
+    assert rejected == []
+    pd.testing.assert_frame_equal(accepted, frame, check_index_type=False)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (pd.Series([1.0, np.inf]), "infinite"),
+        (pd.Series(pd.to_timedelta([1, 2], unit="h")), "total_seconds"),
+        (pd.Series(pd.period_range("2013", periods=2, freq="D")), "to_timestamp"),
+        (pd.Series([1, 2], dtype="int64[pyarrow]"), "convert_dtypes"),
+        (pd.Series([1, 2], dtype=object), "astype.'Int64'"),
+        (
+            pd.Series([date(2013, 1, 1), datetime(2013, 1, 2)], dtype=object),
+            "mixes date with datetime: row 1",
+        ),
+        (pd.Series(["UA", "\ud83d"], dtype=object), "Unicode: row 1"),
+        (pd.Series(pd.Categorical([date(2013, 1, 1)])), "rename_categories"),
+    ],
+)
+def test_what_json_cannot_say_is_refused_with_what_to_do(values: pd.Series, said: str):
+    with pytest.raises(ContractError, match=said):
+        infer_contract(pd.DataFrame({"a": values}))
+
+
+@pytest.mark.parametrize("columns", [[0, 1], [("a", "b"), ("a", "c")], ["a", "a"]])
+def test_names_that_json_cannot_tell_apart_are_refused(columns: list[Any]):
+    frame = pd.DataFrame([[1, 2]])
+    frame.columns = pd.Index(columns, tupleize_cols=False)
+    with pytest.raises(ContractError, match="name"):
+        infer_contract(frame)
+
+
+@pytest.mark.parametrize("how", [{}, {"dtype": str}])
+def test_a_csv_file_is_read_by_the_contract_and_not_by_guess(how: dict[str, Any]):
+    frame = pd.DataFrame(
+        {
+            "carrier": ["UA", "AA", "B6"],
+            "distance": [1400, 1089, 1576],
+            "seats": pd.array([180, None, 2**53 + 1], dtype="Int64"),
+            "wind": [4.6, np.nan, 0.1 + 0.2],
+            "late": [True, False, True],
+            "day": [date(2013, 1, 1), date(2013, 1, 31), date(2012, 2, 29)],
+            "at": pd.to_datetime(
+                ["2013-01-01T05:00", "2013-01-01T06:30:01.5", "1999-12-31"], format="ISO8601"
+            ),
+            "size": pd.Categorical(["S", "L", "S"], ["S", "M", "L"], ordered=True),
+        }
+    )
+    frame["departs"] = frame["at"].dt.tz_localize("UTC").dt.tz_convert("America/New_York")
+    contract = infer_contract(frame)
+    text = BytesIO(frame.to_csv(index=False).encode())
+    if not how:  # pandas would read the large whole number as a float, for the gap beside it
+        how = {"dtype": {"seats": "Int64"}}
+    accepted, rejected = contract.split(pd.read_csv(text, **how))
+    assert rejected == []
+    pd.testing.assert_frame_equal(accepted, frame, check_index_type=False)
+
+
+def test_a_code_that_was_read_as_a_number_is_no_row_s_fault():
+    contract = infer_contract(pd.DataFrame({"zip": ["01001", "94103"]}))
+    with pytest.raises(ContractError, match="read it as text") as error:
+        contract.split(pd.DataFrame({"zip": [1001, 94103]}))
+    assert error.value.detail[0]["row"] is None
+    with pytest.raises(ContractError, match="is missing"):
+        contract.split(pd.DataFrame({"ZIP": ["01001"]}))
+
+
+def test_a_contract_of_the_first_form_is_still_read():
+    column = {"description": "", "categories": None, "minimum": None, "maximum": None, "nullable": False}
+    first = [
+        {
+            **column,
+            "name": "size",
+            "type": "string",
+            "dtype": "category",
+            "categories": ["L", "S"],
+            "example": "S",
+        },
+        {
+            **column,
+            "name": "at",
+            "type": "datetime",
+            "dtype": "datetime64[us]",
+            "example": "2013-01-01T05:00:00",
+        },
+    ]
+    contract = Contract.from_dict({"columns": first})
+    frame = contract.frame([{"size": "S", "at": "2013-01-01T05:00:00"}])
+    assert frame["size"].cat.categories.tolist() == ["L", "S"]
+    assert frame["at"][0] == pd.Timestamp("2013-01-01T05:00:00")
+
+
+# From the notebook to the log
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"ge": 0}, "nbprod.Column"),
+        (nbprod.Column(minimum=0), "comes from the training data"),
+        (nbprod.Column(ge="0"), "must be a number"),
+        (nbprod.Column(nullable=True), "has no room for nulls"),
+        (nbprod.Column(pattern="x"), "pattern is for text"),
+        (nbprod.Column(ge=0, example=-1), "the example must be at least 0"),
+        (nbprod.Column(le=300), "row 1, column 'distance': must be at most 300, got 400"),
+        (nbprod.Column(gt=300, lt=300), "no value"),
+    ],
+)
+def test_an_author_who_says_what_cannot_be_is_told_so(said: Any, words: str):
+    with pytest.raises(ContractError, match=re.escape(words)):
+        infer_contract(pd.DataFrame({"distance": [80, 400]}), {"distance": said})
+
+
+@pytest.mark.parametrize("missing", [np.nan, None])
+def test_a_missing_text_is_missing_to_the_pipeline_in_the_way_that_training_knew(missing: float | None):
+    frame = pd.DataFrame({"carrier": pd.Series(["UA", missing, "AA", missing], dtype=object)})
+    encoder = OneHotEncoder().fit(frame)  # which refuses what it has not seen, None after NaN too
+    contract = infer_contract(frame)
+    again = contract.frame(plain_rows(contract, frame))
+    np.testing.assert_array_equal(encoder.transform(again).toarray(), encoder.transform(frame).toarray())
+    accepted, _ = contract.split(frame)
+    np.testing.assert_array_equal(encoder.transform(accepted).toarray(), encoder.transform(frame).toarray())
+
+
+def every_kind(rows: int) -> pd.DataFrame:
+    """Flights with a column of every kind."""
+    random = np.random.default_rng(0)
+    seconds = pd.to_timedelta(random.integers(0, 10**6, rows), unit="s")
+    return pd.DataFrame(
+        {
+            "carrier": random.choice(["UA", "AA"], rows),
+            "origin": pd.Series(random.choice(["JFK", "LGA"], rows), dtype=object),
+            "size": pd.Categorical(random.choice(["S", "L"], rows), ["S", "M", "L"], ordered=True),
+            "gate": pd.Categorical(random.choice([1, 2], rows), [1, 2, 3]),
+            "distance": random.integers(80, 4983, rows),
+            "seats": pd.array([None if i % 7 == 0 else 2**53 + i for i in range(rows)], dtype="Int64"),
+            "wind": random.random(rows).astype("float32"),
+            "rain": pd.array([None if i % 5 == 0 else bool(i % 2) for i in range(rows)], dtype="boolean"),
+            "day": [date(2013, 1, 1) + timedelta(i % 30) for i in range(rows)],
+            "scheduled": (pd.Timestamp("2013-01-01") + seconds).as_unit("ns") + pd.Timedelta(7, unit="ns"),
+            "time": (pd.Timestamp("2013-01-01", tz="UTC") + seconds).tz_convert("America/New_York"),
+        }
+    )
+
+
+def test_every_kind_of_column_is_logged_answered_counted_and_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
+    monkeypatch.chdir(tmp_path)
+    frame = every_kind(120)
+    encoder = make_column_transformer(
+        (OneHotEncoder(handle_unknown="ignore"), ["carrier", "origin", "size", "gate"]),
+        ("passthrough", ["wind"]),
+    )
+    late = frame["wind"].gt(0.5).astype(int)
+    tag = nbprod.log_model(
+        make_pipeline(encoder, LogisticRegression()).fit(frame, late),
+        "kinds",
+        inputs=frame,
+        labels=late,
+        columns={
+            "distance": nbprod.Column(ge=0, lt=10_000, unit="miles", description="Between the airports"),
+            "carrier": nbprod.Column(categories=["AA", "UA", "B6"]),
+            "day": nbprod.Column(ge=date(2000, 1, 1)),
+        },
+    )
+    model, project = nbprod.load_model(tag), load_settings(tmp_path, required=False, environ={})
+    registry = CollectorRegistry()
+    answerer = Answerer(model, project, registry)
+    assert answerer.parity.equal
+    rows = plain_rows(model.contract, frame.head(20))
+    rows[0] |= {"gate": 9, "time": "2014-06-01T00:00:00+02:00"}
+    answerer.predict(answerer.rows(body_of(rows)))
+    with pytest.raises(ContractError, match="must be one of 'AA', 'UA', 'B6', got 'XX'"):
+        answerer.predict(answerer.rows(body_of([rows[1] | {"carrier": "XX"}])))
+    answerer.close()
+
+    logged = nbprod.predictions("kinds", settings=project)
+    asked = model.contract.frame(rows)
+    for name in asked:
+        found = logged["feature.time" if name == "time" else name]
+        pd.testing.assert_series_equal(found, asked[name], check_names=False)
+    counted = {
+        (sample.labels["column"], sample.labels["kind"]): sample.value
+        for metric in registry.collect()
+        for sample in metric.samples
+        if sample.name == "nbprod_unusual_values_total"
+    }
+    assert counted == {("gate", "unseen"): 1, ("time", "above"): 1}
+    assert {each.column for each in drift(model.baseline, asked)} == set(asked)
+
+    document = openapi_document(model, {"paths": {}})
+    validate(document)
+    described = document["components"]["schemas"]["Row"]["properties"]
+    assert described["distance"]["minimum"] == 0
+    assert described["distance"]["exclusiveMaximum"] is True
+    assert described["distance"]["description"].startswith("Between the airports; in miles; training values")
+    assert described["carrier"]["enum"] == ["AA", "UA", "B6"]
+    assert (described["day"]["format"], described["time"]["format"]) == ("date", "date-time")
+    with pytest.warns(UnusualValueWarning, match="gate: 1 not among the training values"):
+        model.predict(asked)

@@ -55,10 +55,9 @@ def _categories(column: Column, values: np.ndarray, null: np.ndarray) -> Any:
     return pd.Categorical.from_codes(found, dtype=dtype)
 
 
-def _objects(values: np.ndarray, null: np.ndarray) -> np.ndarray:
-
+def _objects(column: Column, values: np.ndarray, null: np.ndarray) -> np.ndarray:
     objects = values.astype(object)
-    objects[null] = None
+    objects[null] = float("nan") if column.nan else None
     return objects
 
 # %% ../../nbs/model/arrays.ipynb #094a42eb
@@ -75,7 +74,7 @@ def column_array(column: Column, values: np.ndarray, null: np.ndarray) -> Any:
         return _moments(column, values, null)
     if column.type == "category":
         return _categories(column, values, null)
-    objects = _objects(values, null)
+    objects = _objects(column, values, null)
     return objects if column.dtype == "object" else pd.array(objects, dtype=column.training_dtype)
 
 # %% ../../nbs/model/arrays.ipynb #f4b30dc9

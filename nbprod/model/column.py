@@ -34,7 +34,8 @@ class Column:
     From training: `type` is one of int, float, bool, string, category, date, datetime; `dtype` is pandas'
     name for it. `categories` are the training values of a string column with few of them, or the categories
     of a pandas categorical in their order (which is meant if `ordered`). `minimum` and `maximum` bound the
-    training values of a number or, as ISO 8601 texts, of a time. `example` is one training value.
+    training values of a number or, as ISO 8601 texts, of a time. `example` is one training value. `nan` says
+    that what was missing among texts in an object column was NaN and not None, which encoders tell apart.
 
     From the author: values must be `>= ge`, `> gt`, `<= le`, `< lt`, one of the categories if `closed` (that
     is, if the author gave `categories`), and must contain a match of the regular expression `pattern`.
@@ -60,6 +61,7 @@ class Column:
     pattern: str | None = None
     unit: str = ""
     private: bool = False
+    nan: bool = False
 
     @cached_property
     def training_dtype(self) -> np.dtype | ExtensionDtype:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['TEXTS', 'FEW', 'Columns', 'array_dtype', 'array_dtypes', 'turned', 'ColumnReader']
+__all__ = ['TEXTS', 'FEW', 'Columns', 'missing_text', 'array_dtype', 'array_dtypes', 'turned', 'ColumnReader']
 
 # %% ../../nbs/model/columns.ipynb #c726aed5
 class Columns:
@@ -48,6 +48,11 @@ class Columns:
 
 # %% ../../nbs/model/columns.ipynb #b1a15fdd
 TEXTS: dict[str, Any] = {"str": float("nan"), "object": None}  # what pandas puts in the place of a null
+
+
+def missing_text(column: Column) -> Any:
+    """What stands for a null in a column of text; None for other columns."""
+    return float("nan") if column.nan else TEXTS.get(column.dtype)
 
 
 def array_dtype(column: Column) -> str | None:
@@ -83,7 +88,7 @@ class ColumnReader:
     def __init__(self, contract: Contract, dtypes: Mapping[str, str]) -> None:
         self.names = contract.names
         self.plan = [
-            (each.name, dtypes[each.name], TEXTS.get(each.dtype) if each.nullable else None)
+            (each.name, dtypes[each.name], missing_text(each) if each.nullable else None)
             for each in contract.columns
         ]
 

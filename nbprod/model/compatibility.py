@@ -164,8 +164,12 @@ def _change(old: Column, new: Column) -> Change | None:
     """How one column has changed for callers; None if it accepts the same."""
     lost, gained = refusal(old, new), refusal(new, old)
     if lost:
-        return Change(old.name, "breaking", f"now {lost}")
-    return Change(old.name, "widened", f"was: {gained}") if gained else None
+        return Change(old.name, "breaking", lost)
+    if not gained:
+        return None
+    types = _plain(old).type, _plain(new).type
+    text = f"lifted: {gained}" if types[0] == types[1] else "was {}, and is {}".format(*types)
+    return Change(old.name, "widened", text)
 
 
 def compare_contracts(old: Contract, new: Contract) -> Comparison:
@@ -177,7 +181,7 @@ def compare_contracts(old: Contract, new: Contract) -> Comparison:
     ]
     added = [Change(name, "breaking", "is new, and must be sent") for name in now.keys() - before.keys()]
     common = [_change(before[name], now[name]) for name in before if name in now]
-    order = {name: place for place, name in enumerate([*before, *now])}
+    order = {name: place for place, name in enumerate(before | now)}
     found = sorted([*gone, *added, *filter(None, common)], key=lambda change: order[change.column])
     verdicts = {change.verdict for change in found}
     worst: Verdict = "breaking" if "breaking" in verdicts else "widened" if verdicts else "compatible"

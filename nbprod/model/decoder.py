@@ -5,6 +5,8 @@
 # %% ../../nbs/model/decoder.ipynb #3379489b
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 from .column import Column
@@ -57,7 +59,9 @@ class RowDecoder:
         import msgspec
 
         self.reader = reader
-        self._decode = msgspec.json.Decoder(request_type(tuple(reader.columns))).decode
+        self._decode: Callable[[bytes], Any] | None = None
+        with suppress(ValueError):  # a name with a quotation mark, a backslash or a control character
+            self._decode = msgspec.json.Decoder(request_type(tuple(reader.columns))).decode
         placed = enumerate(reader.columns)
         self._readers = [(place, value_reader(column)) for place, column in placed if needs_reader(column)]
 
@@ -65,8 +69,10 @@ class RowDecoder:
         """The rows of a request, checked; None for whatever is not as expected, and may be wrong or not."""
         import msgspec
 
+        if self._decode is None:
+            return None
         try:
-            rows = [msgspec.structs.astuple(row) for row in self._decode(body).rows]  # type: ignore[attr-defined]
+            rows = [msgspec.structs.astuple(row) for row in self._decode(body).rows]
             columns = [list(values) for values in zip(*rows, strict=True)]
             for place, read in self._readers:
                 columns[place] = [None if value is None else read(value) for value in columns[place]]

@@ -5,6 +5,8 @@
 # %% ../../nbs/model/inference.ipynb #dd2523bf
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from datetime import date
@@ -15,7 +17,7 @@ from .column import Column, dtype_name
 from .rejection import refuse, shorten
 from .tables import plain_value
 from .validation import check_column
-from .values import LIMITS, YEARS, is_text, limits, plain
+from .values import LIMITS, YEARS, is_text, limits, plain, type_reader, value_reader
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,11 +52,12 @@ _REMEDIES = {
 def _object_type(values: pd.Series) -> str:
     from pandas.api.types import infer_dtype
 
-    known = {"string": "string", "empty": "string", "date": "date"}
     inferred = infer_dtype(values, skipna=True)
-    if inferred in known:
-        return known[inferred]
+    if inferred in ("string", "empty"):
+        return "string"
     kinds = values.dropna().map(lambda value: type(value).__name__)
+    if set(kinds) == {"date"}:
+        return "date"
     counts = kinds.value_counts()
     usual = str(counts.index[0])
     if len(counts) == 1:
@@ -162,6 +165,7 @@ def _stable_name(values: pd.Series, kind: str) -> str:
     name = dtype_name(values.dtype)
     try:
         again = kind == "category" or dtype_name(pd.api.types.pandas_dtype(name)) == name
+        again = again and "tzlocal" not in name  # which is another zone on another machine
     except (TypeError, ValueError, KeyError):
         again = False
     if not again:
@@ -170,6 +174,11 @@ def _stable_name(values: pd.Series, kind: str) -> str:
             f"For a time zone, use one that has a name: frame[{values.name!r}].dt.tz_convert('UTC')"
         )
     return name
+
+
+def _nulls_are_nan(values: pd.Series) -> bool:
+    nulls = values[values.isna()].tolist()
+    return bool(nulls) and all(isinstance(each, float) for each in nulls)
 
 
 def infer_column(values: pd.Series) -> Column:
@@ -187,6 +196,7 @@ def infer_column(values: pd.Series) -> Column:
         maximum=maximum,
         example=plain(present.iloc[0], kind) if len(present) else None,
         ordered=kind == "category" and bool(values.cat.ordered),
+        nan=kind == "string" and values.dtype == object and _nulls_are_nan(values),
     )
 
 # %% ../../nbs/model/inference.ipynb #3aae92c0
@@ -196,7 +206,11 @@ _ORDERED_TYPES = ("int", "float", "date", "datetime")
 
 def _said(column: Column, author: Column) -> dict[str, Any]:
     """What the author says, by field; limits as JSON values."""
+    if not isinstance(author, Column):
+        raise ContractError(f"Column {column.name!r}: say what is known as nbprod.Column(…), not {author!r}.")
     given = {each.name: getattr(author, each.name) for each in fields(Column)}
+    if given["categories"] is not None:
+        given["categories"] = _listed(column, given["categories"])
     said = {name: value for name, value in given.items() if value != getattr(Column(), name)}
     for name in said.keys() - _SAYS:
         instead = {"minimum": " Say ge=…", "maximum": " Say le=…"}.get(name, "")
@@ -207,8 +221,41 @@ def _said(column: Column, author: Column) -> dict[str, Any]:
             raise ContractError(
                 f"Column {column.name!r}: {name} is for numbers and times, not for {column.type}."
             )
-        said[name] = value.isoformat() if isinstance(value, date) else value
+        said[name] = _limit(column, name, value)
     return said
+
+
+def _limit(column: Column, name: str, value: Any) -> Any:
+    """An author's limit as a JSON value: a finite number, or the text of a time."""
+    if isinstance(value, date):
+        return value.isoformat()
+    plain = plain_value(value)
+    number = type(plain) in (int, float) and math.isfinite(plain)
+    if column.type in ("int", "float") and not number:
+        raise ContractError(f"Column {column.name!r}: {name} must be a number, got {shorten(value)}.")
+    return plain
+
+
+def _listed(column: Column, categories: Any) -> tuple[Any, ...]:
+    """An author's categories, each once; they must be values of the column."""
+    if isinstance(categories, str) or not len(categories):
+        raise ContractError(
+            f"Column {column.name!r}: categories must be a list of values, got {categories!r}."
+        )
+    given = tuple(dict.fromkeys(map(plain_value, categories)))
+    if column.type not in ("string", "category", "int"):
+        raise ContractError(
+            f"Column {column.name!r}: categories are for text and whole numbers, not {column.type}."
+        )
+    read = type_reader(column)
+    for value in given:
+        try:
+            read(value)
+        except ValueError as error:
+            raise ContractError(
+                f"Column {column.name!r}: a category {error}, got {shorten(value)}."
+            ) from None
+    return given
 
 # %% ../../nbs/model/inference.ipynb #444301f9
 def _refuse_contradiction(column: Column) -> None:
@@ -235,8 +282,15 @@ def _refuse_contradiction(column: Column) -> None:
             f"Column {name!r}: nullable=True, but {column.dtype} has no room for nulls. "
             f"Train with frame[{name!r}].astype({dtype!r})."
         )
-    if column.pattern is not None and column.type != "string":
-        raise ContractError(f"Column {name!r}: pattern is for text, not for {column.type}.")
+    if column.pattern is not None:
+        if column.type != "string":
+            raise ContractError(f"Column {name!r}: pattern is for text, not for {column.type}.")
+        try:
+            re.compile(column.pattern)
+        except re.error as error:
+            raise ContractError(
+                f"Column {name!r}: {column.pattern!r} is no regular expression: {error}."
+            ) from error
 
 # %% ../../nbs/model/inference.ipynb #1ce92c4a
 def _closed_categories(column: Column, said: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,11 +299,7 @@ def _closed_categories(column: Column, said: Mapping[str, Any]) -> dict[str, Any
         if said.get("closed") and column.categories is None:
             raise ContractError(f"Column {column.name!r}: closed=True needs a list: say categories=[…].")
         return {}
-    if column.type not in ("string", "category", "int"):
-        raise ContractError(
-            f"Column {column.name!r}: categories are for text and whole numbers, not {column.type}."
-        )
-    given = tuple(dict.fromkeys(said["categories"]))
+    given = said["categories"]
     if column.type != "category":
         return {"categories": given, "closed": True}
     known = list(column.categories or ())
@@ -261,11 +311,21 @@ def _closed_categories(column: Column, said: Mapping[str, Any]) -> dict[str, Any
     return {"categories": column.categories, "closed": True}
 
 # %% ../../nbs/model/inference.ipynb #3919fdd2
+def _refuse_example(column: Column) -> None:
+    try:
+        value_reader(column)(column.example)
+    except ValueError as error:
+        found = f"the example {error}, got {shorten(column.example)}"
+        raise ContractError(f"Column {column.name!r}: {found}.") from None
+
+
 def tightened(column: Column, author: Column, values: pd.Series) -> Column:
     """`column` with what its author says; raises `ContractError`, with the rows where the data break it."""
     said = _said(column, author)
     result = replace(column, **(said | _closed_categories(column, said)))
     _refuse_contradiction(result)
+    if "example" in said:
+        _refuse_example(result)
     findings = [found for _, found in check_column(result, values, text=False).findings(values.index)]
     if findings:
         raise ContractError(

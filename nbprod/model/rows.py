@@ -88,7 +88,7 @@ _SHARED = (
 
 def shared_dtype(column: Column) -> str | None:
     """The dtype of the block that the column's values share with others; None for a block of its own."""
-    plain = column.dtype == "object" and column.type in ("string", "date")
+    plain = column.dtype == "object" and not column.nan
     return column.dtype if column.dtype in _SHARED or plain else None
 
 

@@ -176,7 +176,6 @@ def _read_string(column: Column, present: pd.Series, kind: str) -> Reading:
 # %% ../../nbs/model/tables.ipynb #0a29c385
 def _read_date(column: Column, present: pd.Series, kind: str) -> Reading:
     import numpy as np
-    from pandas.api.types import infer_dtype
 
     if kind == "datetime":
         moments = present.to_numpy()
@@ -186,7 +185,7 @@ def _read_date(column: Column, present: pd.Series, kind: str) -> Reading:
         with suppress(ValueError):
             days = np.array(present.tolist(), dtype="datetime64[D]")
             return days.astype(object), days < np.datetime64("0001-01-01")
-    if infer_dtype(present) == "date":
+    if set(map(type, present)) == {date}:
         return present.to_numpy(dtype=object), np.zeros(len(present), dtype=bool)
     return _one_by_one(column, present)
 

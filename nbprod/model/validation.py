@@ -130,7 +130,7 @@ def in_training_dtype(column: Column, values: pd.Series) -> pd.Series:
     import pandas as pd
 
     array = check_column(column, values, text=False).array(np.ones(len(values), dtype=bool))
-    return pd.Series(array, index=values.index, name=values.name)
+    return pd.Series(array, index=values.index, name=values.name, dtype=array.dtype)
 
 # %% ../../nbs/model/validation.ipynb #3024fdad
 def _checked_columns(columns: Sequence[Column], frame: pd.DataFrame, text: bool) -> list[Checked]:

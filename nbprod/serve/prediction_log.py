@@ -54,6 +54,8 @@ def _arrow_column(column: Column, values: pd.Series) -> pa.Array:
     import pyarrow as pa
 
     plain = values.astype(object) if str(values.dtype) == "category" else values
+    if column.zoned:
+        plain = plain.dt.tz_convert(None)  # times in UTC, which the type below says
     return pa.Array.from_pandas(plain).cast(_arrow_type(column), safe=False)
 
 # %% ../../nbs/serve/prediction_log.ipynb #4b883af8
