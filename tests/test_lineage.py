@@ -79,7 +79,7 @@ def test_a_run_is_reproduced_down_to_the_answers_of_its_model(train: Path) -> No
     assert result.run.params == {"scale": 2.0, "seed": 7} and result.run.lineage["reproduces"] == run.id
     names = {check.name for check in result.checks}
     assert {"data.train", "data.file", "metrics.slope", "predictions.air_time", "library", "lock"} < names
-    assert found(result, "predictions.air_time") == "4 answers, equal"
+    assert found(result, "predictions.air_time") == "6 answers, equal"
     assert load(result.run.model).run == result.run.id != load(run.model).run == run.id
     assert nbprod.runs()[0].id == result.run.id
 

@@ -182,7 +182,7 @@ def test_answers_are_the_pipelines(url: str, model: Model, rows: list[dict[str, 
     frame = model.contract.frame(rows)
     assert answer["predictions"] == model.pipeline.predict(frame).tolist()
     np.testing.assert_allclose(
-        answer["probabilities"], model.pipeline.predict_proba(frame), rtol=0, atol=1e-12
+        answer["probabilities"], model.pipeline.predict_proba(frame), rtol=0, atol=model.tolerance
     )
     assert len(set(answer["ids"])) == len(rows) and answer["model"] == model.tag
 

@@ -123,7 +123,7 @@ def _refuse_unsendable(values: pd.Series, kind: str) -> None:
             f"Column {values.name!r} has texts that are no valid Unicode: {rows_of(values, wrong)}."
         )
     if kind == "datetime":
-        years = values.dt.year
+        years = (values if values.dt.tz is None else values.dt.tz_convert("UTC")).dt.year
         outside = (years < YEARS.start) | (years >= YEARS.stop)
         if outside.any():
             raise ContractError(

@@ -113,6 +113,9 @@ def _moment_reader(column: Column) -> Reader:
     unit = {"s": "whole seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
     words = f"must be an ISO 8601 time with{'' if zoned else 'out'} a zone, of the years 1678 to 2261"
     coarse = f"must be a time in {unit[column.resolution]}"
+    # By the clock of UTC, as in tables: the same moment is accepted or refused whatever zone it is told in.
+    years = (datetime(year, 1, 1, tzinfo=UTC) for year in (YEARS.start, YEARS.stop))
+    first, end = (int(year.timestamp()) * 10**9 for year in years)
 
     def read(value: Any) -> int:
         try:
@@ -120,7 +123,7 @@ def _moment_reader(column: Column) -> Reader:
             ticks = _nanoseconds(moment, value) if moment else 0
         except ValueError:
             raise ValueError(words) from None
-        if moment is None or (moment.tzinfo is not None) != zoned or moment.year not in YEARS:
+        if moment is None or (moment.tzinfo is not None) != zoned or not first <= ticks < end:
             raise ValueError(words)
         if ticks % step:
             raise ValueError(coarse)
