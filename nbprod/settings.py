@@ -15,7 +15,8 @@ from pathlib import Path
 from .errors import SettingsError, did_you_mean
 
 # %% auto #0
-__all__ = ['LOCAL', 'DEFAULTS', 'read_ini', 'find_project', 'Settings', 'executor_address', 'load_settings', 'bentoml_home']
+__all__ = ['LOCAL', 'DEFAULTS', 'read_ini', 'find_project', 'usable_cores', 'Settings', 'executor_address', 'load_settings',
+           'bentoml_home']
 
 # %% ../nbs/settings.ipynb #b0528d2c
 def read_ini(path: Path) -> ConfigParser:
@@ -38,12 +39,18 @@ def find_project(start: Path | None = None) -> Path | None:
     return None
 
 # %% ../nbs/settings.ipynb #757a5738
+def usable_cores() -> int:
+    """How many cores this process may use; where the system does not tell, those that it has."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 LOCAL = "local"
 DEFAULTS: dict[str, str] = {
     "store": ".nbprod",
     "index": "",
     "executor": LOCAL,
-    "jobs": str(os.cpu_count() or 1),
+    "jobs": str(usable_cores()),
     "max_body": str(10 * 1024 * 1024),
     "trusted": "",
 }

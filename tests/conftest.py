@@ -61,6 +61,14 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.fixture
+def store(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A BentoML store of the test's own, in a project."""
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
+    assert project.is_dir()
+    return tmp_path / "bentoml"
+
+
 @pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
     """A function that gives a TCP port of localhost which nobody listens on, another one at each call."""

@@ -14,62 +14,23 @@ from typing import Any
 from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
-import pandas as pd
 import pytest
 import skops.io
+from modelling import encoder, flights, late, logged
 from sklearn.cluster import Birch
-from sklearn.compose import make_column_transformer
 from sklearn.ensemble import RandomForestClassifier
-from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.tree._tree import NODE_DTYPE
 
 import nbprod
 from nbprod.cli import main
 from nbprod.errors import ModelError
-from nbprod.model.store import Model, load
+from nbprod.model.store import Model
 from nbprod.serve.bento import build
 
 Node = dict[str, Any]
-
-
-def make_flights(rows: int = 200) -> pd.DataFrame:
-    """Flights with a text, a number that has nulls and a whole number."""
-    generator = np.random.default_rng(0)
-    return pd.DataFrame(
-        {
-            "carrier": generator.choice(["AA", "B6", "UA"], rows),
-            "wind": np.where(generator.random(rows) < 0.1, np.nan, generator.gamma(4, 2.5, rows)),
-            "distance": generator.integers(80, 5000, rows),
-        }
-    )
-
-
-def encoder() -> Any:
-    """The steps that make numbers of flights."""
-    return make_column_transformer(
-        (OneHotEncoder(handle_unknown="ignore"), ["carrier"]),
-        (make_pipeline(SimpleImputer(), StandardScaler()), ["wind", "distance"]),
-    )
-
-
-flights = make_flights()
-late = (flights["wind"].fillna(0) > 12).astype(int)
-
-
-@pytest.fixture
-def store(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A BentoML store of the test's own, in a project."""
-    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
-    assert project.is_dir()
-    return tmp_path / "bentoml"
-
-
-def logged(model: Any, inputs: pd.DataFrame = flights, labels: Any = None, **options: Any) -> Model:
-    """`model` as a version."""
-    return load(nbprod.log_model(model, "delay", inputs, labels, **options))
 
 
 # Hostile files

@@ -11,12 +11,12 @@ import orjson
 import pandas as pd
 import pytest
 import xgboost
+from modelling import encoder, flights, late, logged
 from prometheus_client import CollectorRegistry
 from sklearn.cluster import KMeans
 from sklearn.compose import make_column_transformer
 from sklearn.ensemble import IsolationForest, RandomForestClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.mixture import GaussianMixture
 from sklearn.multioutput import MultiOutputClassifier
@@ -27,50 +27,12 @@ from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardSc
 import nbprod
 from nbprod.errors import ModelError
 from nbprod.model.contract import plain_rows
-from nbprod.model.store import Model, load
+from nbprod.model.store import Model
 from nbprod.monitor.report import report
 from nbprod.serve.answering import Answerer
 from nbprod.serve.openapi import schemas
 from nbprod.serve.prediction_log import feedback
 from nbprod.settings import load_settings
-
-
-def make_flights(rows: int = 200) -> pd.DataFrame:
-    """Flights with a text, a number that has nulls and a whole number."""
-    generator = np.random.default_rng(0)
-    return pd.DataFrame(
-        {
-            "carrier": generator.choice(["AA", "B6", "UA"], rows),
-            "wind": np.where(generator.random(rows) < 0.1, np.nan, generator.gamma(4, 2.5, rows)),
-            "distance": generator.integers(80, 5000, rows),
-        }
-    )
-
-
-def encoder() -> Any:
-    """The steps that make numbers of flights."""
-    return make_column_transformer(
-        (OneHotEncoder(handle_unknown="ignore"), ["carrier"]),
-        (make_pipeline(SimpleImputer(), StandardScaler()), ["wind", "distance"]),
-    )
-
-
-flights = make_flights()
-late = (flights["wind"].fillna(0) > 12).astype(int)
-
-
-@pytest.fixture
-def store(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A BentoML store of the test's own, in a project."""
-    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "bentoml"))
-    assert project.is_dir()
-    return tmp_path / "bentoml"
-
-
-def logged(model: Any, inputs: pd.DataFrame = flights, labels: Any = None, **options: Any) -> Model:
-    """`model` as a version."""
-    return load(nbprod.log_model(model, "delay", inputs, labels, **options))
-
 
 # Any estimator
 

@@ -8,11 +8,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from running import mounted, start_driver, write_notebook
+from modelling import Machine, make_machine
+from running import mounted, start_driver
 from s3fs import S3FileSystem
 
 import nbprod
@@ -37,35 +37,12 @@ nbprod.log_model(LinearRegression().fit(inputs, minutes), "air_time", inputs, mi
 FILES = ["facts.json", "contract.json", "library/features.py", "pipeline.skops"]
 
 
-@dataclass(frozen=True)
-class Machine:
-    """A copy of the project with a BentoML store of its own."""
-
-    project: Path
-    enter: Callable[[], None]
-
-    @property
-    def home(self) -> Path:
-        """The folder of its BentoML stores."""
-        return self.project.parent / "bentoml"
-
-
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Machine]:
     """A function that makes a machine of that name, with its store at an address, and enters it."""
 
     def make(name: str, store: str = ".nbprod") -> Machine:
-        project = tmp_path / name / "project"
-        (project / "nbs").mkdir(parents=True)
-        (project / "settings.ini").write_text(f"[nbprod]\nstore = {store}\n")
-        write_notebook(project / "nbs" / "train.ipynb", "extra = 0", TRAIN)
-
-        def enter() -> None:
-            monkeypatch.chdir(project)
-            monkeypatch.setenv("BENTOML_HOME", str(project.parent / "bentoml"))
-
-        enter()
-        return Machine(project, enter)
+        return make_machine(tmp_path / name, monkeypatch, store, "extra = 0", TRAIN)
 
     return make
 

@@ -3,11 +3,12 @@
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import boto3
 import pytest
+from modelling import Machine, make_machine
 from moto.server import ThreadedMotoServer
 from running import start_driver, wait_for, write_notebook
 from s3fs import S3FileSystem
@@ -78,31 +79,13 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
         end()
 
 
-@dataclass(frozen=True)
-class Machine:
-    """A copy of the project with a BentoML store of its own."""
-
-    folder: Path
-    enter: Callable[[], None]
-
-
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Machine]:
     """A function that makes a machine of that name, whose project has its store at a URL, and enters it."""
     join_rooms()
 
     def make(name: str, store: str = "s3://team/flights") -> Machine:
-        folder = tmp_path / name / "project"
-        (folder / "nbs").mkdir(parents=True)
-        (folder / "settings.ini").write_text(f"[nbprod]\nstore = {store}\n")
-        write_notebook(folder / "nbs" / "train.ipynb", "extra: float = 0.0", TRAIN)
-
-        def enter() -> None:
-            monkeypatch.chdir(folder)
-            monkeypatch.setenv("BENTOML_HOME", str(folder.parent / "bentoml"))
-
-        enter()
-        return Machine(folder, enter)
+        return make_machine(tmp_path / name, monkeypatch, store, "extra: float = 0.0", TRAIN)
 
     return make
 
@@ -112,19 +95,19 @@ def test_two_machines_share_everything(machine: Callable[..., Machine], tmp_path
     ada, bob = machine("ada"), machine("bob")
     ada.enter()
     made = run("nbs/train.ipynb", extra=1.0)
-    assert made.folder.is_relative_to(ada.folder) and load_model("air_time:latest").run == made.id
+    assert made.folder.is_relative_to(ada.project) and load_model("air_time:latest").run == made.id
 
     bob.enter()
     (listed,) = runs()
     assert (listed.id, listed.params, listed.models) == (made.id, made.params, made.models)
     assert not listed.path.exists(), "a listing fetched a run"
     found = load_run(made.id[:12])
-    assert found.path.is_relative_to(bob.folder) and found.path.read_bytes() == made.path.read_bytes()
+    assert found.path.is_relative_to(bob.project) and found.path.read_bytes() == made.path.read_bytes()
     assert [model.tag for model in models()] == made.models
     model = load_model("air_time:latest")
     assert model.facts["run"] == made.id and not model.folder.exists(), "a listing fetched a model"
     assert model.predict(model.contract.frame([{"distance": 1000}]))[0] == pytest.approx(150, abs=2)
-    assert model.folder.is_relative_to(bob.folder.parent)
+    assert model.folder.is_relative_to(bob.project.parent)
     assert reproduce(made.id).matched
     promote(made.models[0], "production", "from bob")
 
@@ -185,7 +168,7 @@ def test_a_store_that_goes_away(
     with pytest.raises(NbprodError, match="kept as it is"):
         rebuild(load_settings())
     assert [each.id for each in runs()] == [second.id, first.id]
-    listed = start_driver("from nbprod.cli import main; main(['runs', '--json'])", ada.folder)
+    listed = start_driver("from nbprod.cli import main; main(['runs', '--json'])", ada.project)
     output, errors = listed.communicate(timeout=60)
     assert len(json.loads(output)) == 2 and "is not shared" in errors and SECRET not in errors
 
@@ -201,7 +184,7 @@ def test_what_was_not_shared_is_shared_later(
             run("nbs/train.ipynb")
     made = runs()[0]
     assert shared_signatures(load_settings()) == {}
-    done = start_driver("from nbprod.cli import main; main(['index', '--json'])", ada.folder)
+    done = start_driver("from nbprod.cli import main; main(['index', '--json'])", ada.project)
     output, errors = done.communicate(timeout=60)
     assert (json.loads(output), errors) == ({"runs": 1}, "")
     machine("bob")
@@ -213,7 +196,7 @@ def test_what_was_not_shared_is_shared_later(
 @pytest.mark.usefixtures("server")
 def test_a_run_that_fails_is_shared_too(machine: Callable[..., Machine]) -> None:
     ada = machine("ada")
-    write_notebook(ada.folder / "nbs" / "broken.ipynb", "seed = 0", "1 / 0")
+    write_notebook(ada.project / "nbs" / "broken.ipynb", "seed = 0", "1 / 0")
     with pytest.raises(CellError):
         run("nbs/broken.ipynb")
     machine("bob")
@@ -258,7 +241,7 @@ def test_a_model_that_was_changed_is_refused(machine: Callable[..., Machine], na
     bob = machine("bob")
     with pytest.raises(ModelError, match=f"is not what was published: {name}"):
         load_model(tag).contract  # noqa: B018 - its files are fetched when they are asked for
-    assert not (bob.folder.parent / "bentoml" / "models" / "air_time" / tag.split(":")[1]).exists()
+    assert not (bob.project.parent / "bentoml" / "models" / "air_time" / tag.split(":")[1]).exists()
 
 
 @pytest.mark.usefixtures("server")
@@ -272,7 +255,7 @@ def test_a_model_is_pushed_to_a_bucket(machine: Callable[..., Machine]) -> None:
     assert sum(files.values()) > first.bytes and not [name for name in files if name.endswith(".tmp")]
     bob = machine("bob", ".nbprod")
     model = pull("air_time", "s3://team/models-only")
-    assert model.tag == tag and model.folder.is_relative_to(bob.folder.parent)
+    assert model.tag == tag and model.folder.is_relative_to(bob.project.parent)
     assert promote(tag, "production").model == tag
     with pytest.raises(StoreError, match="s3://nobody/models does not exist"):
         push(tag, "s3://nobody/models")
@@ -288,7 +271,7 @@ def test_a_push_to_a_bucket_that_is_killed(machine: Callable[..., Machine]) -> N
     for number in range(300):
         (parts / f"part{number:03}.py").write_text("x")
     code = f"from nbprod.release.exchange import push; push({tag!r}, 's3://team/flights')"
-    driver = start_driver(code, ada.folder)
+    driver = start_driver(code, ada.project)
     remote = Remote("s3://team/flights")
     wait_for(lambda: list_files(remote, "models"), "the first file to be uploaded")
     driver.kill()
@@ -319,9 +302,9 @@ def test_a_killed_upload_shows_nothing_half(machine: Callable[..., Machine]) -> 
     ada = machine("ada")
     cell = "import os, pathlib\nfor part in range(200):\n"
     cell += "    pathlib.Path(os.environ['NBPROD_RUN'], f'a{part:03}').write_text('x')"
-    write_notebook(ada.folder / "nbs" / "many.ipynb", "seed = 0", cell)
+    write_notebook(ada.project / "nbs" / "many.ipynb", "seed = 0", cell)
     code = "from nbprod.experiment.execution import run; run('nbs/many.ipynb', progress=False)"
-    driver = start_driver(code, ada.folder)
+    driver = start_driver(code, ada.project)
     remote = Remote("s3://team/flights")
     wait_for(lambda: list_files(remote, "runs"), "the first file to be uploaded")
     driver.kill()
@@ -344,7 +327,7 @@ def test_two_promote_at_once(machine: Callable[..., Machine]) -> None:
     code = "from nbprod.release.ledger import promote\nfor _ in range(3):\n    for tag in {tags!r}:\n"
     code += "        promote(tag, 'production')"
     tags = [each.models[0] for each in made]
-    drivers = [start_driver(code.format(tags=tags), ada.folder) for _ in range(4)]
+    drivers = [start_driver(code.format(tags=tags), ada.project) for _ in range(4)]
     for driver in drivers:
         _, errors = driver.communicate(timeout=200)
         assert (driver.returncode, errors) == (0, "")

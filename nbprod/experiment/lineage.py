@@ -18,6 +18,7 @@ from typing import Any
 from .changes import git_state, keep_changes
 from .modules import file_sha256, joint_sha256, loaded_modules, own_modules
 from .notebook import parse_notebook
+from ..settings import usable_cores
 
 # %% auto #0
 __all__ = ['LOCKS', 'SEEDS', 'packages', 'lock', 'machine', 'seed', 'code_state', 'environment', 'lineage', 'live_lineage']
@@ -65,10 +66,8 @@ def machine() -> dict[str, Any]:
         memory: int | None = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (OSError, ValueError):
         memory = None
-    affinity = getattr(os, "sched_getaffinity", None)
-    cpus = len(affinity(0)) if affinity else os.cpu_count()
-    architecture = platform.machine()
-    return {"platform": platform.platform(), "architecture": architecture, "cpus": cpus, "memory": memory}
+    facts = {"platform": platform.platform(), "architecture": platform.machine()}
+    return facts | {"cpus": usable_cores(), "memory": memory}
 
 # %% ../../nbs/experiment/lineage.ipynb #91495e22
 SEEDS = ("seed", "random_seed", "random_state")

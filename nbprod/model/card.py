@@ -14,17 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import NbprodError
 from ..experiment.run_table import column_texts, notebook_link, short_text
-from .contract_table import demands
+from .contract_table import column_row, used_names
 from ..settings import find_project, load_settings
 
 if TYPE_CHECKING:
-    from nbprod.model.contract import Column
     from nbprod.model.store import Model
 
 # %% auto #0
-__all__ = ['HEADLINE', 'PICKLE', 'RISK', 'VERDICTS', 'Namer', 'FEW', 'NOT_HERE', 'STYLE', 'headline', 'telling_first', 'brief',
-           'number', 'format_text', 'compiled_text', 'on_aliases', 'aliases_of', 'origin', 'column_row', 'request',
-           'usage', 'card_text', 'run_link', 'contract_html', 'card_html']
+__all__ = ['HEADLINE', 'PICKLE', 'RISK', 'VERDICTS', 'Namer', 'NOT_HERE', 'STYLE', 'headline', 'telling_first', 'brief', 'number',
+           'format_text', 'compiled_text', 'on_aliases', 'aliases_of', 'origin', 'request', 'usage', 'card_text',
+           'run_link', 'contract_html', 'card_html']
 
 # %% ../../nbs/model/card.ipynb #6be4214b
 HEADLINE = ("auc", "accuracy", "r2", "mean_absolute_error", "log_loss")
@@ -156,36 +155,6 @@ def origin(model: Model) -> dict[str, str]:
     )
     return lines | ({"classes": short_text(facts["classes"])} if facts.get("classes") else {})
 
-# %% ../../nbs/model/card.ipynb #d324b164
-FEW = 6
-
-
-def _few(values: Sequence[Any]) -> str:
-    more = f" … ({len(values)})" if len(values) > FEW else ""
-    return ", ".join(map(str, values[:FEW])) + more
-
-
-def _seen(column: Column) -> str:
-    """The training values of a column in brief."""
-    if column.categories is not None:
-        return _few(column.categories)
-    if column.minimum is not None and column.maximum is not None:
-        low, high = column_texts("", [column.minimum, column.maximum])[0]
-        return low if low == high else f"{low} to {high}"
-    return ""
-
-
-def column_row(column: Column) -> dict[str, str]:
-    """A column of a contract as the texts of a table."""
-    return {
-        "column": column.name,
-        "type": column.type,
-        "null": "yes" if column.nullable else "",
-        "accepted": demands(column),
-        "in training": f"{_seen(column)} {column.unit}".strip(),
-        "description": column.description,
-    }
-
 # %% ../../nbs/model/card.ipynb #4ff80f8c
 def request(model: Model) -> tuple[str, str] | None:
     """A request to the model's service, as a command, and its answer; None if there is no example."""
@@ -220,7 +189,7 @@ def _is_here(model: Model) -> bool:
 
 def _aligned(rows: Sequence[Mapping[str, str]]) -> list[str]:
     """Rows of texts as lines, their names first."""
-    used = [name for name in rows[0] if any(row[name] for row in rows)]
+    used = used_names(rows)
     table = [{name: name for name in used}, *rows]
     widths = {name: max(len(row[name]) for row in table) for name in used}
     return ["  ".join(row[name].ljust(widths[name]) for name in widths).rstrip() for row in table]
@@ -330,7 +299,7 @@ def _table(rows: Sequence[Mapping[str, str]]) -> str:
     """Rows of texts as a table, without the columns that are empty in all of them."""
     if not rows:
         return _html("p", "none", "nbprod-quiet")
-    names = [name for name in rows[0] if any(row[name] for row in rows)]
+    names = used_names(rows)
     head = "".join(_html("th", escape(name), scope="col") for name in names)
     body = (
         "".join(

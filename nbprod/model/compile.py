@@ -177,22 +177,6 @@ def runs_on_arrays(before: Any, contract: Contract, probe: pd.DataFrame) -> bool
         return False
 
 # %% ../../nbs/model/compile.ipynb #01f81fcb
-def _answerable(model: Any, probe: pd.DataFrame) -> pd.DataFrame:
-    """The rows that the model itself answers: a step in Python may refuse an extreme one."""
-    try:
-        compute(model, probe)
-        return probe
-    except Exception:
-        kept = []
-        for position in range(len(probe)):
-            try:
-                compute(model, probe.iloc[[position]])
-            except Exception:
-                continue
-            kept.append(position)
-        return probe.iloc[kept].reset_index(drop=True)
-
-
 def _reason(error: BaseException) -> str:
     """What an exception says, on one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
@@ -259,12 +243,10 @@ def _accepted(
 def compile_model(model: Any, contract: Contract, inputs: pd.DataFrame) -> tuple[Predictor | None, Verdict]:
     """The fastest predictor that is proven equal to a fitted `model`, and the verdict; None if there is none.
 
-    `inputs` are hold-out rows, checked by the contract. Odd rows that its author refuses are not asked.
-    Nothing that a conversion does is raised.
+    `inputs` are hold-out rows, checked by the contract. Nothing that a conversion does is raised.
     """
     reasons: list[str] = []
-    accepted, _ = contract.split(probe_rows(contract, inputs))
-    probe = _answerable(model, accepted.reset_index(drop=True))
+    probe = probe_rows(model, contract, inputs)
     try:
         for predictor, off, rows in _predictors(model, contract, probe, reasons):
             if predictor.before is not None and runs_on_arrays(predictor.before, contract, probe):

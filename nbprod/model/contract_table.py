@@ -5,22 +5,30 @@
 # %% ../../nbs/model/contract_table.ipynb #06b330cf
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
+from ..experiment.run_table import column_texts
 from .column import Column
-from .schema import seen_in_training
 from .values import LIMITS, limit_words
 
 # %% auto #0
-__all__ = ['type_words', 'demands', 'contract_html']
+__all__ = ['FEW', 'seen_text', 'demands', 'column_row', 'used_names', 'contract_html']
 
 # %% ../../nbs/model/contract_table.ipynb #b28136fe
-def type_words(column: Column) -> str:
-    """The type of a column in words: `int, miles, may be missing`."""
-    zone = f" ({column.dtype.split(',')[1].strip(' ]')})" if column.zoned else ""
-    parts = [f"{column.type}{zone}", column.unit, "may be missing" if column.nullable else ""]
-    return ", ".join(part for part in parts if part)
+FEW = 6
+
+
+def seen_text(column: Column) -> str:
+    """The training values of a column in brief, with their unit; "" where no others are accepted."""
+    if column.categories is not None:
+        more = f" … ({len(column.categories)})" if len(column.categories) > FEW else ""
+        return "" if column.closed else ", ".join(map(str, column.categories[:FEW])) + more
+    if column.minimum is None or column.maximum is None:
+        return ""
+    low, high = column_texts("", [column.minimum, column.maximum])[0]
+    return f"{low if low == high else f'{low} to {high}'} {column.unit}".strip()
 
 
 def demands(column: Column) -> str:
@@ -30,27 +38,34 @@ def demands(column: Column) -> str:
     return ", ".join(limit_words(column, name).removeprefix("must ").removeprefix("be ") for name in names)
 
 # %% ../../nbs/model/contract_table.ipynb #a1aad51f
+def column_row(column: Column) -> dict[str, str]:
+    """A column of a contract as the texts of a table."""
+    zone = f" ({column.dtype.split(',')[1].strip(' ]')})" if column.zoned else ""
+    return {
+        "column": column.name,
+        "type": f"{column.type}{zone}",
+        "null": "yes" if column.nullable else "",
+        "accepted": demands(column),
+        "in training": seen_text(column),
+        "about": column.description,
+    }
+
+
+def used_names(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """The headings of a table of texts, without those below which all rows are empty."""
+    return [name for name in rows[0] if any(row[name] for row in rows)] if rows else []
+
+
 _CELL = 'style="text-align: left; padding: 0.2em 0.8em 0.2em 0; white-space: normal; vertical-align: top"'
 
 
-def _line(cells: Sequence[str], tag: str = "td") -> str:
-    return "<tr>" + "".join(f"<{tag} {_CELL}>{cell}</{tag}>" for cell in cells) + "</tr>"
+def _line(cells: Sequence[Any], tag: str = "td") -> str:
+    return "<tr>" + "".join(f"<{tag} {_CELL}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 
 def contract_html(columns: Sequence[Column]) -> str:
     """An HTML table of the columns of a contract, without a color of its own."""
-    head = ["column", "type", "accepted", "in training", "about"]
-    lines = [
-        [
-            column.name,
-            type_words(column),
-            demands(column),
-            seen_in_training(column).removeprefix("training values "),
-            column.description,
-        ]
-        for column in columns
-    ]
-    used = [place for place in range(len(head)) if place < 2 or any(line[place] for line in lines)]
-    body = "".join(_line([escape(line[place]) for place in used]) for line in lines)
-    names = _line([head[place] for place in used], "th")
-    return f"<table><thead>{names}</thead><tbody>{body}</tbody></table>"
+    rows = [column_row(column) for column in columns]
+    names = used_names(rows)
+    body = "".join(_line([row[name] for name in names]) for row in rows)
+    return f"<table><thead>{_line(names, 'th')}</thead><tbody>{body}</tbody></table>"

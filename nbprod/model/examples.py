@@ -5,7 +5,6 @@
 # %% ../../nbs/model/examples.ipynb #6e2b5fcc
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,17 +12,17 @@ from dataclasses import asdict
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-
 from ..errors import ModelError
 from .contract import Column, Contract, plain_rows
-from .pipeline import Answer, answer, estimator_name
+from .parity import compare
+from .pipeline import answer, estimator_name
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['TYPICAL_EXAMPLES', 'HARD_EXAMPLES', 'UNSEEN', 'TOLERANCE', 'typical_positions', 'hard_values', 'hard_rows', 'quiet',
-           'answered', 'golden_examples', 'same', 'check_saved']
+__all__ = ['TYPICAL_EXAMPLES', 'HARD_EXAMPLES', 'UNSEEN', 'typical_positions', 'hard_values', 'hard_rows', 'quiet', 'answered',
+           'golden_examples', 'check_saved']
 
 # %% ../../nbs/model/examples.ipynb #c3ac8f96
 TYPICAL_EXAMPLES = 24
@@ -99,33 +98,13 @@ def golden_examples(
     return {"rows": rows, **asdict(given)}, counts
 
 # %% ../../nbs/model/examples.ipynb #a21cfae8
-TOLERANCE = 1e-9
-
-
-def same(expected: Any, given: Any, tolerance: float = TOLERANCE) -> bool:
-    """Whether two answers agree: equal, or numbers within `tolerance`, relative; lists value by value."""
-    if isinstance(expected, list) and isinstance(given, list):
-        pairs = zip(expected, given, strict=False)
-        return len(expected) == len(given) and all(same(*pair, tolerance) for pair in pairs)
-    if isinstance(expected, float) and isinstance(given, int | float):
-        both_missing = math.isnan(expected) and math.isnan(given)
-        return both_missing or math.isclose(expected, given, rel_tol=tolerance, abs_tol=tolerance)
-    return bool(expected == given)
-
-
 def check_saved(saved: Any, model: Any, contract: Contract, examples: Mapping[str, Any]) -> None:
     """Raise `ModelError` unless `saved`, read from the file of `model`, answers the golden examples alike."""
     frame, name = contract.frame(examples["rows"]), estimator_name(model)
     with quiet():
-        matching = [_matches(examples, answer(each, frame)) for each in (saved, model)]
+        matching = [compare(examples, asdict(answer(each, frame))).equal for each in (saved, model)]
     if all(matching):
         return
     if not matching[1]:
         raise ModelError(f"{name} answers the same rows in another way each time. Give it a random_state.")
     raise ModelError(f"{name} answers in another way after it was saved and read back. It was not logged.")
-
-
-def _matches(examples: Mapping[str, Any], given: Answer) -> bool:
-    return same(examples["predictions"], given.predictions) and same(
-        examples["probabilities"], given.probabilities
-    )

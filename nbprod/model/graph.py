@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import ModelError
 from .columns import turned
 from .contract import Column, Contract
+from ..settings import usable_cores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -175,7 +176,7 @@ SMALL_GRAPH = 20_000_000  # bytes: a second copy of it in memory does not matter
 def thread_count() -> int:
     """How many threads arithmetic may use here: `OMP_NUM_THREADS`, or the number of cores of this process."""
     told = os.environ.get("OMP_NUM_THREADS", "")
-    return int(told) if told.isdigit() and int(told) else len(os.sched_getaffinity(0))
+    return int(told) if told.isdigit() and int(told) else usable_cores()
 
 
 class Sessions:

@@ -189,11 +189,15 @@ class Predictor:
             return answer
         return self.inner(frame if self.before is None else self.before.transform(frame))
 
-    def compute_rows(self, rows: Sequence[Mapping[str, Any]]) -> Arrays:
-        """The answer to JSON rows that the contract accepts; they are not checked again."""
+    def on_rows(self, rows: Sequence[Mapping[str, Any]]) -> Arrays | None:
+        """The answer to JSON rows that the contract accepts; None where they have to become a table."""
         if self._feeder:
             return self.run(self._feeder.feed(rows))
-        answer = self._on_arrays(self._reader.rows(rows)) if self._reader else None
+        return self._on_arrays(self._reader.rows(rows)) if self._reader else None
+
+    def compute_rows(self, rows: Sequence[Mapping[str, Any]]) -> Arrays:
+        """The answer to JSON rows that the contract accepts."""
+        answer = self.on_rows(rows)
         return self.compute(self.contract.frame(rows)) if answer is None else answer
 
 # %% ../../nbs/model/predictor.ipynb #a7187dac

@@ -5,9 +5,11 @@
 # %% ../../nbs/model/probe.ipynb #df0fc0b0
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .contract import Column, Contract
+from .contract import Column, Contract, plain_rows
+from .examples import answered, hard_values, quiet
 from .graph import kind_of
 
 if TYPE_CHECKING:
@@ -15,55 +17,52 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['ODD_TEXTS', 'TYPICAL', 'BASES', 'EDGES', 'odd_values', 'probe_rows', 'neighbours', 'edge_rows']
+__all__ = ['ODD_TEXTS', 'TYPICAL', 'BASES', 'EDGES', 'odd_values', 'odd_rows', 'probe_rows', 'neighbours', 'edge_rows']
 
 # %% ../../nbs/model/probe.ipynb #883e2dd0
-# Nothing, what stands for nothing elsewhere, and what tokenizers and encoders may read differently.
-ODD_TEXTS = ("", " ", "nan", "None", "never seen", "Ünïcode ﬁ ß", "a-b_c d.e", "it's 2nd\t\n", "北京 🛫", "0")
+ODD_TEXTS = (" ", "nan", "None", "Ünïcode ﬁ ß", "a-b_c d.e", "it's 2nd\t\n", "北京 🛫", "0")
 
 
 def odd_values(column: Column) -> list[Any]:
-    """Values of a column, as pandas takes them, that a graph may treat otherwise."""
-    odd: list[Any] = [None] if column.nullable else []
-    if column.type == "string":
-        seen = list(column.categories or ())[:2]
-        return [*odd, *ODD_TEXTS, *(text.swapcase() for text in seen), *(f" {text}" for text in seen), *seen]
+    """JSON values of a column that a graph may treat otherwise; some may break the contract."""
+    odd, seen = hard_values(column), list(column.categories or ())[:2]
     if column.type == "bool":
         return [*odd, True, False]
+    if column.type == "string":
+        return [*odd, *ODD_TEXTS, *(text.swapcase() for text in seen), *(f" {text}" for text in seen), *seen]
+    if column.type == "category":
+        return [*odd, *seen]
     if column.type in {"int", "float"} and column.minimum is not None and column.maximum is not None:
         span = column.maximum - column.minimum or 1
-        ends = [column.minimum, column.maximum, column.minimum - span, column.maximum + span, 0]
-        return [*odd, *(ends if column.type == "float" else map(int, ends))]
+        return [*odd, column.minimum - span, column.maximum + span, 0]
     return odd
 
 # %% ../../nbs/model/probe.ipynb #ad0a6f6f
 TYPICAL, BASES = 1000, 3
 
 
-def _with(base: pd.DataFrame, column: Column, value: Any) -> pd.DataFrame | None:
-    """`base` with one value in a column; None where the column's dtype cannot hold it."""
-    import pandas as pd
+def odd_rows(contract: Contract, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """JSON rows that keep the contract, made of `rows`: with one odd value each, and with all nulls."""
+    made = [
+        {**row, column.name: value}
+        for column in contract.columns
+        for value in odd_values(column)
+        for row in rows
+    ]
+    empty = {column.name: None for column in contract.columns if column.nullable}
+    made += [{**row, **empty} for row in rows]
+    broken = {finding["row"] for finding in contract.reader.findings(made)}
+    return [row for place, row in enumerate(made) if place not in broken]
 
-    changed = base.copy()
-    try:
-        changed[column.name] = pd.Series([value] * len(base), index=base.index).astype(column.dtype)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return changed
 
-
-def probe_rows(contract: Contract, inputs: pd.DataFrame) -> pd.DataFrame:
-    """Rows to compare predictors on: up to `TYPICAL` of `inputs`, and odd ones made of the first `BASES`."""
+def probe_rows(model: Any, contract: Contract, inputs: pd.DataFrame) -> pd.DataFrame:
+    """Rows to compare predictors on, which `model` answers: up to `TYPICAL` of `inputs`, and odd ones."""
     import pandas as pd
 
     typical = inputs.iloc[:: max(1, len(inputs) // TYPICAL)].head(TYPICAL)
-    base = typical.head(BASES)
-    odd = [_with(base, column, value) for column in contract.columns for value in odd_values(column)]
-    nulls = base.copy()
-    for column in contract.columns:
-        empty = _with(base, column, None) if column.nullable else None
-        nulls[column.name] = nulls[column.name] if empty is None else empty[column.name]
-    return pd.concat([typical, *(rows for rows in odd if rows is not None), nulls], ignore_index=True)
+    with quiet():
+        odd = answered(model, contract, odd_rows(contract, plain_rows(contract, typical.head(BASES))))
+    return pd.concat([typical, contract.frame(odd)], ignore_index=True) if odd else typical
 
 # %% ../../nbs/model/probe.ipynb #eff0d2f9
 def neighbours(value: float) -> list[float]:

@@ -22,6 +22,7 @@ from ..files import write_atomic
 from .baseline import Baseline
 from .contract import Contract
 from .library import provide_library
+from .parity import EXACT
 from .pipeline import FILES, SKOPS, Answer, Arrays, check_pipeline, compute, read_pipeline
 from .predictor import Predictor, load_predictor
 from nbprod.model.sharing import (
@@ -46,8 +47,8 @@ if TYPE_CHECKING:
     from nbprod.model.scoring import Scored
 
 # %% auto #0
-__all__ = ['EXACT', 'staging_folder', 'commit', 'make_importable', 'read_json', 'share', 'name_latest', 'bring', 'Version',
-           'Model', 'check_loadable', 'shared_models', 'shared_model', 'local_models', 'models', 'load']
+__all__ = ['staging_folder', 'commit', 'make_importable', 'read_json', 'share', 'name_latest', 'bring', 'Version', 'Model',
+           'check_loadable', 'shared_models', 'shared_model', 'local_models', 'models', 'load']
 
 # %% ../../nbs/model/store.ipynb #3a0e1dde
 @contextmanager
@@ -177,9 +178,6 @@ class Version:
         return path if path.exists() else None
 
 # %% ../../nbs/model/store.ipynb #78857f78
-EXACT = 1e-9  # what a pipeline answers may differ by, from machine to machine
-
-
 @dataclass(frozen=True)
 class Model(Version):
     """A version with what predicting takes; the pipeline is read when something is predicted.
@@ -272,11 +270,15 @@ class Model(Version):
         """Predictions and probabilities, as arrays, for a frame that the contract has checked."""
         return self.predictor.compute(checked) if self.predictor else compute(self.pipeline, checked)
 
-    def compute_rows(self, rows: Sequence[Mapping[str, Any]]) -> Arrays:
-        """Predictions and probabilities, as arrays, for JSON rows that the contract accepts."""
-        if self.predictor:
-            return self.predictor.compute_rows(rows)
-        return compute(self.pipeline, self.contract.frame(rows))
+    def compute_rows(self, rows: Sequence[Mapping[str, Any]], checked: pd.DataFrame | None = None) -> Arrays:
+        """Predictions and probabilities, as arrays, for JSON rows that the contract accepts.
+
+        `checked` is the frame that the contract makes of them, if there is one already.
+        """
+        found = self.predictor.on_rows(rows) if self.predictor else None
+        if found is not None:
+            return found
+        return self.compute(self.contract.frame(rows) if checked is None else checked)
 
     def answer(self, frame: pd.DataFrame) -> Answer:
         """Predictions and probabilities for `frame`, checked by the contract."""

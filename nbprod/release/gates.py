@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
-
 
 from ..errors import ModelError
 from ..model.card import format_text
-from ..model.examples import quiet, same
-from ..model.pipeline import Answer, answer
-from ..model.store import EXACT, Model
+from ..model.examples import quiet
+from ..model.parity import compare
+from ..model.pipeline import answer
+from ..model.store import Model
 
 # %% auto #0
 __all__ = ['GATES', 'Gate', 'clean_run', 'golden_answers', 'file_format', 'pass_gates']
@@ -57,36 +57,21 @@ def _is_left_out(cell: dict[str, Any]) -> bool:
     return bool(code) and cell.get("execution_count") is None
 
 # %% ../../nbs/release/gates.ipynb #94952497
-def _answered_otherwise(examples: dict[str, Any], given: Answer, tolerance: float) -> int:
-    """How many golden examples get another answer than in training."""
-    predictions = zip(examples["predictions"], given.predictions, strict=True)
-    wrong = [not same(expected, got, tolerance) for expected, got in predictions]
-    if examples["probabilities"] is not None and given.probabilities is not None:
-        pairs = zip(examples["probabilities"], given.probabilities, strict=True)
-        wrong = [
-            one or not same(expected, got, tolerance)
-            for one, (expected, got) in zip(wrong, pairs, strict=True)
-        ]
-    elif examples["probabilities"] is not given.probabilities:
-        return len(wrong)
-    return sum(wrong)
-
-
 def golden_answers(model: Model) -> Gate:
     """Whether the pipeline, loaded here, and its compiled form answer as the pipeline did in training."""
     examples = model.examples
     try:
         frame = model.contract.frame(examples["rows"])
         with quiet():
-            found = [_answered_otherwise(examples, answer(model.pipeline, frame), EXACT)]
+            found = [compare(examples, asdict(answer(model.pipeline, frame)))]
             if model.predictor is not None:
-                given = model.compute_rows(examples["rows"]).answer()
-                found.append(_answered_otherwise(examples, given, model.tolerance))
+                given = asdict(model.compute_rows(examples["rows"], frame).answer())
+                found.append(compare(examples, given, model.tolerance))
     except ModelError as error:
         return Gate("golden_answers", False, f"It cannot be loaded here: {error}")
-    count = len(examples["rows"])
-    if max(found):
-        text = f"{max(found)} of {count} golden examples get another answer than in training."
+    count, wrong = len(examples["rows"]), max(len(parity.wrong) for parity in found)
+    if wrong:
+        text = f"{wrong} of {count} golden examples get another answer than in training."
         return Gate("golden_answers", False, text)
     return Gate("golden_answers", True, f"{count} golden examples answered as in training.")
 

@@ -5,14 +5,13 @@
 # %% ../../nbs/serve/answering.ipynb #814d91c5
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..model.examples import quiet
-from ..model.store import EXACT, Model
+from ..model.parity import compare
+from ..model.store import Model
 from .append_log import check_writable
 from .counting import ServiceMetrics
 from .decoding import RequestError, decode, items, outcomes
@@ -25,66 +24,13 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
 # %% auto #0
-__all__ = ['Parity', 'compare', 'answer_rows', 'split_issued', 'Answerer']
-
-# %% ../../nbs/serve/answering.ipynb #a2ba09d5
-def _difference(expected: Any, given: Any) -> float:
-    """How far two answers are apart, relative to numbers larger than 1; infinite if not comparable."""
-    missing = [value is None or value != value for value in (expected, given)]
-    if any(missing):
-        return 0.0 if all(missing) else math.inf
-    if isinstance(expected, bool | str) or isinstance(given, bool | str):
-        return 0.0 if expected == given else math.inf
-    return float(abs(expected - given) / max(1.0, abs(expected)))
-
-# %% ../../nbs/serve/answering.ipynb #ed94b780
-@dataclass(frozen=True)
-class Parity:
-    """What asking the golden examples gave: of `rows` rows, `wrong` are the positions answered otherwise."""
-
-    rows: int
-    wrong: tuple[int, ...]
-    largest_difference: float
-
-    @property
-    def equal(self) -> bool:
-        """Whether every row was answered as expected."""
-        return self.rows > 0 and not self.wrong
-
-    def as_dict(self) -> dict[str, Any]:
-        """rows, wrong, largest_difference and equal, as JSON values."""
-        finite = self.largest_difference if math.isfinite(self.largest_difference) else None
-        return asdict(self) | {"wrong": list(self.wrong), "largest_difference": finite, "equal": self.equal}
-
-# %% ../../nbs/serve/answering.ipynb #af7873e8
-def _flat(answers: Mapping[str, Any], rows: int) -> list[list[Any]]:
-    """Each row's prediction and probabilities in one list; empty lists where rows are lacking."""
-    predictions, probabilities = answers.get("predictions") or [], answers.get("probabilities")
-    if len(predictions) != rows or len(probabilities or predictions) != rows:
-        return [[] for _ in range(rows)]
-    outputs = [each if isinstance(each, list) else [each] for each in predictions]
-    return [[*each, *row] for each, row in zip(outputs, probabilities or [[]] * rows, strict=True)]
-
-# %% ../../nbs/serve/answering.ipynb #259f3b09
-def _row_difference(expected: Sequence[Any], given: Sequence[Any]) -> float:
-    """The largest difference between the values of two flat rows; infinite if their lengths differ."""
-    if len(expected) != len(given):
-        return math.inf
-    return max(map(_difference, expected, given), default=math.inf)
-
-# %% ../../nbs/serve/answering.ipynb #cf1eb8f4
-def compare(examples: Mapping[str, Any], given: Mapping[str, Any], tolerance: float = EXACT) -> Parity:
-    """Compare an answer (predictions, probabilities) to what golden `examples` expect, within `tolerance`."""
-    rows = len(examples["rows"])
-    differences = list(map(_row_difference, _flat(examples, rows), _flat(given, rows)))
-    wrong = tuple(row for row, difference in enumerate(differences) if difference > tolerance)
-    return Parity(rows, wrong, max(differences, default=0.0))
+__all__ = ['answer_rows', 'split_issued', 'Answerer']
 
 # %% ../../nbs/serve/answering.ipynb #183210ed
 def answer_rows(model: Model, rows: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The checked frame of JSON rows; their predictions and, if there are any, probabilities."""
     frame = model.contract.frame(rows)
-    given = model.compute_rows(rows).answer()
+    given = model.compute_rows(rows, frame).answer()
     probabilities = {} if given.probabilities is None else {"probabilities": given.probabilities}
     return frame, {"predictions": given.predictions} | probabilities
 

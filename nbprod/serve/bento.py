@@ -28,7 +28,7 @@ from ..model.library import library_files, unpack_library
 from ..model.store import Model, check_loadable
 from ..model.trust import Trust
 from ..release.ledger import resolve
-from .answering import Parity, compare
+from ..model.parity import Parity, compare
 from nbprod.serve.process import (
     check_port,
     descendants,
