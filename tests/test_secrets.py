@@ -16,7 +16,7 @@ from urllib.parse import quote, quote_plus
 import pytest
 from running import wait_for, write_notebook
 
-SECRET = "p&ss'w\"örd <+/ 4711"
+SECRET = "p&ss'w\"örd <+/ 47q11z"
 TOKEN = "t0ken-of-the-default"
 PARAMETERS = """
 import os
@@ -74,7 +74,7 @@ def shapes() -> list[bytes]:
     shown += [json.dumps(text, ensure_ascii=False)[1:-1] for text in shown]
     shown += [coded for each in whole for coded in (quote(each), quote(each, safe=""), quote_plus(each))]
     coded = [b64encode(each.encode()).decode().rstrip("=") for each in whole]
-    return [text.encode() for text in {*shown, *coded, "t0ken", "w\\u00f6rd", "ss'w", "4711"}]
+    return [text.encode() for text in {*shown, *coded, "t0ken", "w\\u00f6rd", "ss'w", "47q11z"}]
 
 
 def spilled(*folders: Path) -> list[tuple[str, bytes]]:
