@@ -129,7 +129,8 @@ def _store_number(store: Path) -> str:
                 made.write(uuid.uuid4().hex.encode())
                 made.flush()
                 Path(made.name).chmod(0o644)
-                path.hardlink_to(made.name)  # whole, and only by the first who comes
+                with contextlib.suppress(FileExistsError):
+                    path.hardlink_to(made.name)  # whole, and only by the first who comes
         return path.read_text(encoding="ascii")
     return platform.node()
 
