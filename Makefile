@@ -44,7 +44,7 @@ readme: $(READY)  ## Write README.md from nbs/index.ipynb
 # Without the extra xgboost: `dev` has xgboost-cpu in its place, the same module without its GPU libraries.
 lock: $(READY)  ## Bring requirements.lock up to settings.ini (UPGRADE=1: and every package to its newest)
 	$(BIN)/uv pip compile setup.py --extra demo --extra dev --extra dask --extra lightgbm --extra optuna \
-	    --extra postgres --extra s3 --universal --python-version 3.11 \
+	    --extra postgres --extra s3 --extra tracing --universal --python-version 3.11 \
 	    --generate-hashes --quiet $(if $(UPGRADE),--upgrade) --custom-compile-command "make lock" -o requirements.lock
 
 clean:  ## Remove what the other targets made: .venv, demo, .nbprod and the tools' caches
