@@ -16,7 +16,7 @@ from .append_log import check_writable
 from .counting import ServiceMetrics
 from .decoding import RequestError, decode, items, outcomes
 from .ids import is_issued, new_ids
-from .prediction_log import FeedbackLog, PredictionLog
+from .prediction_log import Entry, FeedbackLog, PredictionLog
 from ..settings import Settings
 
 if TYPE_CHECKING:
@@ -62,10 +62,11 @@ class Answerer:
     def predict(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Answer JSON rows: predictions, probabilities (of classifiers that have them), ids, model."""
         start = time.perf_counter()
-        frame, given = answer_rows(self.model, rows)
+        given = answer_rows(self.model, rows)[1]
         ids = new_ids(self.model.name, len(rows))
         seconds = time.perf_counter() - start
-        self._log.append(ids, frame, given["predictions"], given.get("probabilities"), seconds)
+        columns = self.model.contract.reader.values(rows)
+        self._log.append(Entry(ids, columns, given["predictions"], given.get("probabilities"), seconds))
         self.metrics.rows(len(rows))
         return given | {"ids": ids, "model": self.model.tag}
 

@@ -5,15 +5,18 @@
 # %% ../../nbs/serve/counting.ipynb #59044726
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..model.baseline import Baseline
 from ..model.store import Model
-from .prediction_log import Entry, entry_frame
+from ..model.contract import Contract
+from .log_table import feature_frame, logged_name
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas as pd
+    import pyarrow as pa
     from prometheus_client import CollectorRegistry, Counter
 
 # %% auto #0
@@ -61,14 +64,20 @@ def _announce(model: Model, registry: CollectorRegistry) -> None:
     info.labels(model.tag, model.run or "", commit or "").set(1)
 
 # %% ../../nbs/serve/counting.ipynb #f00a2cde
-def binned(baseline: Baseline, entries: Sequence[Entry]) -> Iterator[tuple[str, tuple[str, ...], np.ndarray]]:
-    """What to count for `entries`: a counter's name, its labels before the bin, and rows by bin."""
-    frame = entry_frame(entries)
+def _features(table: pa.Table, contract: Contract) -> pd.DataFrame:
+    names = {logged_name(name): name for name in contract.names}
+    return feature_frame(table, contract).rename(columns=names)
+
+
+def binned(
+    baseline: Baseline, table: pa.Table, frame: pd.DataFrame
+) -> Iterator[tuple[str, tuple[str, ...], np.ndarray]]:
+    """What to count for a table of the log: a counter's name, its labels before the bin, and rows by bin."""
     for column, histogram in baseline.features.items():
         yield "nbprod_feature", (column,), histogram.count(frame[column])
-    for entry in entries:
-        values = baseline.prediction_values(entry.predictions, entry.probabilities)
-        yield "nbprod_predictions", (), baseline.prediction.count(values)
+    probabilities = None if table["probability"].null_count else table["probability"].to_pylist()
+    values = baseline.prediction_values(table["prediction"].to_pylist(), probabilities)
+    yield "nbprod_predictions", (), baseline.prediction.count(values)
 
 # %% ../../nbs/serve/counting.ipynb #fd2ae54d
 class ServiceMetrics:
@@ -100,11 +109,12 @@ class ServiceMetrics:
         """`rows` rows or outcomes could not be logged."""
         self._counters["nbprod_log_dropped"].labels(self._tag).inc(rows)
 
-    def bins(self, entries: Sequence[Entry]) -> None:
+    def bins(self, table: pa.Table) -> None:
         """Count logged rows into the bins of the training profile; meant for the log's own thread."""
-        for name, labels, counts in binned(self._baseline, entries):
+        frame = _features(table, self._contract)
+        for name, labels, counts in binned(self._baseline, table, frame):
             for index in counts.nonzero()[0]:
                 self._counters[name].labels(self._tag, *labels, str(index)).inc(int(counts[index]))
-        for column, kinds in self._contract.unusual(entry_frame(entries)).items():
+        for column, kinds in self._contract.unusual(frame).items():
             for kind, count in kinds.items():
                 self._counters["nbprod_unusual_values"].labels(self._tag, column, kind).inc(count)
