@@ -47,13 +47,13 @@ def write_atomic(path: Path, data: str | bytes, *, durable: bool = True) -> None
             _sync(path.parent)
 
 # %% ../nbs/files.ipynb #ac1a79bb
-def hold(folder: Path) -> int | None:
-    """Take the lock of `folder` and return its descriptor; None where the file system knows no locks.
+def hold(path: Path) -> int | None:
+    """Take the lock of a folder or file and return its descriptor; None where the file system knows no locks.
 
     The lock is held until every copy of the descriptor is closed: a child process that inherits it holds it
     too. Raises `BlockingIOError` when another process holds the lock.
     """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -64,9 +64,9 @@ def hold(folder: Path) -> int | None:
     return descriptor
 
 # %% ../nbs/files.ipynb #a306f5d1
-def is_held(folder: Path) -> bool:
-    """Whether a living process holds the lock of `folder`, as far as the file system can tell."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def is_held(path: Path) -> bool:
+    """Whether a living process holds the lock of a folder or file, as far as the file system can tell."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:

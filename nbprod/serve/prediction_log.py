@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import NotFoundError, did_you_mean
 from ..model.contract import Contract
-from .append_log import AppendLog, _ignore, read_stream, stream_files
+from .append_log import AppendLog, _ignore
+from .stream_files import read_stream, stream_files
 from nbprod.serve.log_table import (
     OWN_COLUMNS,
     Entry as Entry,
