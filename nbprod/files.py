@@ -12,10 +12,10 @@ import secrets
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['write_atomic', 'hold', 'is_held']
+__all__ = ['sync_file', 'write_atomic', 'hold', 'is_held']
 
 # %% ../nbs/files.ipynb #6630efe4
-def _sync(path: Path) -> None:
+def sync_file(path: Path) -> None:
     """Force a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -37,14 +37,14 @@ def write_atomic(path: Path, data: str | bytes, *, durable: bool = True) -> None
     try:
         temporary.write_bytes(content)
         if durable:
-            _sync(temporary)
+            sync_file(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     if durable:
         with contextlib.suppress(OSError):  # not every file system can do it for a folder
-            _sync(path.parent)
+            sync_file(path.parent)
 
 # %% ../nbs/files.ipynb #ac1a79bb
 def hold(path: Path) -> int | None:
