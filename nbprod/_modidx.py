@@ -2752,6 +2752,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'nbprod.serve.routes.last_response': ('serve/routes.html#last_response', 'nbprod/serve/routes.py')},
             'nbprod.serve.service': { 'nbprod.serve.service._close_then': ('serve/service.html#_close_then', 'nbprod/serve/service.py'),
                                       'nbprod.serve.service.api_types': ('serve/service.html#api_types', 'nbprod/serve/service.py'),
+                                      'nbprod.serve.service.calm_interpreter': ( 'serve/service.html#calm_interpreter',
+                                                                                 'nbprod/serve/service.py'),
                                       'nbprod.serve.service.close_desk': ('serve/service.html#close_desk', 'nbprod/serve/service.py'),
                                       'nbprod.serve.service.create_service': ( 'serve/service.html#create_service',
                                                                                'nbprod/serve/service.py'),
