@@ -196,5 +196,5 @@ def compact(name: str, settings: Settings | None = None) -> bool:
     the next time.
     """
     settings = settings or load_settings()
-    places = [log_place(name, kind, settings) for kind in KINDS]
-    return all([compact_place(place, settings.retention) for place in places])
+    done = [compact_place(log_place(name, kind, settings), settings.retention) for kind in KINDS]
+    return all(done)
