@@ -51,7 +51,6 @@ __all__ = ['logger', 'UNNAMED_SECONDS', 'MOVE_BYTES', 'SMALL_BYTES', 'alone', 'b
 @contextmanager
 def alone(place: LogPlace) -> Iterator[bool]:
     """Whether this process is the only one that moves rows of this log while the context lasts."""
-    place.folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = hold(place.folder)
     except BlockingIOError:
@@ -64,7 +63,7 @@ def alone(place: LogPlace) -> Iterator[bool]:
 
 # %% ../../nbs/serve/compaction.ipynb #7d562122
 def begin(place: LogPlace, sources: Sequence[Path], batches: Iterator[pa.RecordBatch]) -> Move:
-    """Prepare the move of `sources` (files in the log's folder), whose rows are `batches`, and make it valid."""
+    """Prepare the move of `sources` (files of the log) with the rows `batches`, and make it valid."""
     id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
     folder = staging(place, id)
     folder.mkdir(parents=True)
@@ -158,7 +157,7 @@ def join_small(place: LogPlace, now: datetime) -> None:
 
 # %% ../../nbs/serve/compaction.ipynb #8b0d9cc9
 def prune(place: LogPlace, retention: timedelta | None, now: datetime) -> list[str]:
-    """Remove the days that are older than `retention` (None: keep all) at `now`; the names of what was removed."""
+    """Remove the days that are older than `retention` (None: keep all) at `now`; the names of the files."""
     if retention is None:
         return []
     last = (now - retention).date()  # the day that is kept in part is kept
@@ -179,6 +178,8 @@ def prune(place: LogPlace, retention: timedelta | None, now: datetime) -> list[s
 def compact_place(place: LogPlace, retention: timedelta | None = None) -> bool:
     """Move what is closed in a log into Parquet, and remove what is too old. False: another process does."""
     now = datetime.now(UTC)
+    if not place.folder.is_dir():
+        return True
     with alone(place) as allowed:
         if allowed:
             recover(place)
@@ -192,8 +193,8 @@ def compact_place(place: LogPlace, retention: timedelta | None = None) -> bool:
 def compact(name: str, settings: Settings | None = None) -> bool:
     """Compact the logs of the model called `name`; False if another process is doing that.
 
-    Raises `StoreError` if the shared store cannot be reached: then what should go there is kept here, and moves
-    the next time.
+    Raises `StoreError` if the shared store cannot be reached: then what should go there is kept here, and
+    moves the next time.
     """
     settings = settings or load_settings()
     done = [compact_place(log_place(name, kind, settings), settings.retention) for kind in KINDS]
