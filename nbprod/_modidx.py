@@ -2708,6 +2708,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'nbprod.serve.log_reading._to_frame': ( 'serve/log_reading.html#_to_frame',
                                                                                   'nbprod/serve/log_reading.py'),
                                           'nbprod.serve.log_reading._told': ('serve/log_reading.html#_told', 'nbprod/serve/log_reading.py'),
+                                          'nbprod.serve.log_reading._version_in': ( 'serve/log_reading.html#_version_in',
+                                                                                    'nbprod/serve/log_reading.py'),
                                           'nbprod.serve.log_reading._versions': ( 'serve/log_reading.html#_versions',
                                                                                   'nbprod/serve/log_reading.py'),
                                           'nbprod.serve.log_reading.feedback': ( 'serve/log_reading.html#feedback',

@@ -61,6 +61,8 @@ def _present(values: Sequence[Any]) -> np.ndarray:
     """Whether each value (n) is there."""
     import numpy as np
 
+    if None not in values:
+        return np.ones(len(values), dtype=bool)
     return np.fromiter((value is not None for value in values), dtype=bool, count=len(values))
 
 # %% ../../nbs/serve/arrow_arrays.ipynb #6c1d0a2e

@@ -144,12 +144,24 @@ class _Version:
         return Contract.from_dict(json.loads((schema.metadata or {})[CONTRACT]))
 
 
+def _version_in(rows: pa.RecordBatch | pa.Table) -> str:
+    """What stands in the names of files for the version that answered `rows`; "" for feedback."""
+    if "model" not in rows.schema.names or not rows.num_rows:
+        return ""
+    return quote(rows.column("model")[0].as_py().rpartition(":")[2], safe="")
+
+
 def _stream_tables(paths: Iterable[Path]) -> list[pa.Table]:
-    """The tables of stream files that hold something."""
+    """The tables of stream files that hold something, one for each schema."""
     import pyarrow as pa
 
-    found = [list(read_stream(path)) for path in paths]
-    return [pa.Table.from_batches(batches) for batches in found if batches]
+    found: dict[tuple[str, bytes], list[pa.RecordBatch]] = {}
+    for path in paths:
+        batches = [batch for batch in read_stream(path) if batch.num_rows]
+        if batches:
+            key = (_version_in(batches[0]), batches[0].schema.serialize().to_pybytes())
+            found.setdefault(key, []).extend(batches)
+    return [pa.Table.from_batches(batches) for batches in found.values()]
 
 
 def _versions(place: LogPlace, parts: Parts) -> dict[str, _Version]:
@@ -158,10 +170,7 @@ def _versions(place: LogPlace, parts: Parts) -> dict[str, _Version]:
     for part, path in zip(parts.files, _fetched(place, parts.files), strict=True):
         found.setdefault(version_of(part.name), _Version()).paths.append(path)
     for table in _stream_tables(parts.streams):
-        version = ""
-        if "model" in table.column_names and table.num_rows:
-            version = quote(table["model"][0].as_py().rpartition(":")[2], safe="")
-        found.setdefault(version, _Version()).tables.append(table)
+        found.setdefault(_version_in(table), _Version()).tables.append(table)
     return found
 
 # %% ../../nbs/serve/log_reading.ipynb #48173756
@@ -185,7 +194,7 @@ def _table(version: _Version, window: Window) -> pa.Table:
         values |= {name: at for name, (_, at) in given.items()}
         where = " AND ".join(f"time {sign} ${name}" for name, (sign, _) in given.items()) or "true"
         rows = f"SELECT * FROM ({' UNION ALL BY NAME '.join(sources)}) WHERE {where}"
-        return connection.execute(rows, values).to_arrow_table()
+        return connection.sql(rows, params=values).to_arrow_table()
 
 # %% ../../nbs/serve/log_reading.ipynb #a87e17ed
 def _own_frame(table: pa.Table) -> pd.DataFrame:
