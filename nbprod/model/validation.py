@@ -223,7 +223,8 @@ def _native(column: Column, bound: Any) -> Any:
     if column.type not in ("date", "datetime"):
         return bound
     value = type_reader(column)(bound)
-    return np.datetime64(value, "D" if column.type == "date" else column.resolution)
+    unit: Any = "D" if column.type == "date" else column.resolution
+    return np.datetime64(value, unit)
 
 # %% ../../nbs/model/validation.ipynb #9b7fd84b
 def unusual(columns: Sequence[Column], checked: pd.DataFrame) -> dict[str, dict[str, int]]:
