@@ -16,7 +16,7 @@ from .errors import SettingsError, did_you_mean
 
 # %% auto #0
 __all__ = ['LOCAL', 'DEFAULTS', 'read_ini', 'find_project', 'usable_cores', 'Settings', 'executor_address', 'load_settings',
-           'bentoml_home']
+           'limits', 'bentoml_home']
 
 # %% ../nbs/settings.ipynb #b0528d2c
 def read_ini(path: Path) -> ConfigParser:
@@ -52,6 +52,8 @@ DEFAULTS: dict[str, str] = {
     "executor": LOCAL,
     "jobs": str(usable_cores()),
     "max_body": str(10 * 1024 * 1024),
+    "max_rows": "10000",
+    "timeout": "30",
     "trusted": "",
 }
 
@@ -62,6 +64,7 @@ class Settings:
 
     `store` is where runs execute and are kept; `remote` the fsspec URL of the store that is shared with
     others, empty where there is none. `index` is the SQLAlchemy URL of the index, empty for a SQLite file.
+    `max_body` (bytes), `max_rows` and `timeout` (seconds) bound a request to a service.
     `executor` is `local` or the address of a Dask scheduler. `trusted` are the names of classes and functions
     that models may hold beside scikit-learn's and the library's.
     """
@@ -71,6 +74,8 @@ class Settings:
     store: Path
     jobs: int
     max_body: int
+    max_rows: int = int(DEFAULTS["max_rows"])
+    timeout: int = int(DEFAULTS["timeout"])
     index: str = field(default="", repr=False)  # a password may be in it, and in the URL of the store
     remote: str = field(default="", repr=False)
     executor: str = LOCAL
@@ -179,10 +184,18 @@ def load_settings(
         remote=_remote(values["store"], origins.get("store", "default")),
         jobs=_whole_number("jobs", values["jobs"], origins.get("jobs", "default")),
         max_body=_whole_number("max_body", values["max_body"], origins.get("max_body", "default")),
+        max_rows=_whole_number("max_rows", values["max_rows"], origins.get("max_rows", "default")),
+        timeout=_whole_number("timeout", values["timeout"], origins.get("timeout", "default")),
         index=_index(base, values["index"], origins.get("index", "default")),
         executor=executor_address(values["executor"], origins.get("executor", "default")),
         trusted=tuple(values["trusted"].split()),
     )
+
+# %% ../nbs/settings.ipynb #0e5f0e02
+def limits(settings: Settings) -> dict[str, str]:
+    """The bounds of a service's requests, as environment variables."""
+    bounds = ("max_body", "max_rows", "timeout")
+    return {f"NBPROD_{name.upper()}": str(getattr(settings, name)) for name in bounds}
 
 # %% ../nbs/settings.ipynb #a46cb912
 def bentoml_home(environ: Mapping[str, str] = os.environ) -> Path:

@@ -5,7 +5,7 @@
 # %% ../../nbs/model/columns.ipynb #13120a71
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -75,33 +75,32 @@ def array_dtypes(contract: Contract) -> dict[str, str] | None:
 FEW = 200  # rows
 
 
-def turned(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Iterable[Sequence[Any]]:
+def turned(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Sequence[Sequence[Any]]:
     """The values of the columns `names` in rows, one sequence for each column."""
     if len(rows) > FEW or len(names) == 1:
-        return ([row[name] for row in rows] for name in names)
-    return zip(*map(itemgetter(*names), rows), strict=True)
+        return [[row[name] for row in rows] for name in names]
+    return list(zip(*map(itemgetter(*names), rows), strict=True))
 
 # %% ../../nbs/model/columns.ipynb #a800bf11
 class ColumnReader:
     """How rows and tables that keep a contract become `Columns`."""
 
     def __init__(self, contract: Contract, dtypes: Mapping[str, str]) -> None:
-        self.names = contract.names
         self.plan = [
             (each.name, dtypes[each.name], missing_text(each) if each.nullable else None)
             for each in contract.columns
         ]
 
-    def rows(self, rows: Sequence[Mapping[str, Any]]) -> Columns:
-        """JSON rows, each with every column, as columns."""
+    def values(self, columns: Sequence[Sequence[Any]]) -> Columns:
+        """The n JSON values of each column, in the contract's order, as columns."""
         import numpy as np
 
         arrays: dict[str, Any] = {}
-        for (name, dtype, missing), values in zip(self.plan, turned(self.names, rows), strict=True):
+        for (name, dtype, missing), values in zip(self.plan, columns, strict=True):
             if missing is not None:
                 values = [missing if value is None else value for value in values]
             arrays[name] = np.array(values, dtype=dtype)
-        return Columns(arrays, len(rows))
+        return Columns(arrays, len(columns[0]))
 
     def table(self, frame: pd.DataFrame) -> Columns:
         """A table with the training dtypes as columns."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .columns import ColumnReader, array_dtypes
+from .columns import ColumnReader, array_dtypes, turned
 from .contract import Contract, plain_rows
 from .conversion import called, convert, packs, parts
 from .graph import Width, kinds_of
@@ -161,6 +161,11 @@ def _same(one: Any, other: Any) -> bool:
     return left.equals(right) and list(left.columns) == list(right.columns)
 
 
+def _json_columns(contract: Contract, table: pd.DataFrame) -> Sequence[Sequence[Any]]:
+    """The values of each column of a table, as a request brings them."""
+    return turned(contract.names, plain_rows(contract, table))
+
+
 def runs_on_arrays(before: Any, contract: Contract, probe: pd.DataFrame) -> bool:
     """Whether the functions in steps before a graph give the same for arrays as for tables."""
     dtypes, functions = array_dtypes(contract), functions_of(before)
@@ -171,7 +176,7 @@ def runs_on_arrays(before: Any, contract: Contract, probe: pd.DataFrame) -> bool
         return all(
             _same(before.transform(table), call(functions, columns))
             for table in (probe, *_alone(probe))
-            for columns in (reader.table(table), reader.rows(plain_rows(contract, table)))
+            for columns in (reader.table(table), reader.values(_json_columns(contract, table)))
         )
     except Exception:  # whatever a function asks of a table that arrays do not have
         return False

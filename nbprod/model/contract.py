@@ -18,7 +18,7 @@ from .contract_table import contract_html
 from .decoder import RowDecoder
 from .inference import infer_columns
 from .rejection import Finding as Finding, refuse as refuse, shorten as shorten
-from .rows import RowReader, plain_values
+from .rows import CheckedRows, RowReader, plain_values
 from .schema import json_schema as json_schema
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Contract:
         """What reads the bytes of a request by this contract."""
         return RowDecoder(self.reader)
 
-    def frame(self, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    def frame(self, rows: CheckedRows | Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         """JSON `rows` as a frame of `len(rows)` by `len(columns)` with the training dtypes.
 
         Raises `ContractError` with every finding (row, column, message) if any row breaks the contract.

@@ -78,5 +78,4 @@ class RowDecoder:
                 columns[place] = [None if value is None else read(value) for value in columns[place]]
         except (msgspec.MsgspecError, ValueError, RecursionError):
             return None
-        names = self.reader.names
-        return CheckedRows((dict(zip(names, row, strict=True)) for row in rows), columns, self.reader)
+        return CheckedRows(columns, self.reader)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ModelError
-from .columns import turned
 from .contract import Column, Contract
 from ..settings import usable_cores
 
@@ -136,9 +135,12 @@ class RowFeeder:
     def __init__(
         self, contract: Contract, kinds: Mapping[str, str], width: Width, packed: bool = False
     ) -> None:
-        columns = {column.name: column for column in contract.columns}
-        self._makers = [(name, _column_maker(columns[name], kind, width)) for name, kind in kinds.items()]
-        self._names, self._packed = list(kinds), packed
+        places = {column.name: place for place, column in enumerate(contract.columns)}
+        self._makers = [
+            (name, places[name], _column_maker(contract.columns[places[name]], kind, width))
+            for name, kind in kinds.items()
+        ]
+        self._packed = packed
 
     @staticmethod
     def can_feed(contract: Contract) -> bool:
@@ -146,12 +148,11 @@ class RowFeeder:
         plain = {"int", "float", "bool", "string"}
         return all(each.type in plain and each.dtype != "category" for each in contract.columns)
 
-    def feed(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The inputs by name, n by 1 each or n by all columns."""
+    def feed(self, columns: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        """The inputs by name, n by 1 each or n by all columns, from the n values of each column."""
         import numpy as np
 
-        columns = turned(self._names, rows)
-        made = {name: make(each) for (name, make), each in zip(self._makers, columns, strict=True)}
+        made = {name: make(columns[place]) for name, place, make in self._makers}
         return {PACKED: np.hstack(list(made.values()))} if self._packed else made
 
 # %% ../../nbs/model/graph.ipynb #8cecc20e

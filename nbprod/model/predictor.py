@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
-from .columns import ColumnReader, Columns, array_dtypes
+from .columns import ColumnReader, Columns, array_dtypes, turned
 from .contract import Contract
 from .graph import RowFeeder, Sessions, Width, feed
 from .pipeline import Arrays
+from .rows import CheckedRows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -166,6 +167,11 @@ class Predictor:
         self._reader = ColumnReader(contract, dtypes) if dtypes else None
         self._functions = (functions or functions_of(before)) if plan.arrays else None
 
+    @property
+    def takes_rows(self) -> bool:
+        """Whether rows are answered without becoming a table."""
+        return self._feeder is not None or self._reader is not None
+
     def run(self, given: Mapping[str, Any]) -> Arrays:
         """The answer to the inputs of the graph."""
         return read_outputs(self.plan, self._sessions.run(self._names, given))
@@ -189,13 +195,16 @@ class Predictor:
             return answer
         return self.inner(frame if self.before is None else self.before.transform(frame))
 
-    def on_rows(self, rows: Sequence[Mapping[str, Any]]) -> Arrays | None:
+    def on_rows(self, rows: CheckedRows | Sequence[Mapping[str, Any]]) -> Arrays | None:
         """The answer to JSON rows that the contract accepts; None where they have to become a table."""
+        if not self.takes_rows:
+            return None
+        columns = rows.columns if isinstance(rows, CheckedRows) else turned(self.contract.names, rows)
         if self._feeder:
-            return self.run(self._feeder.feed(rows))
-        return self._on_arrays(self._reader.rows(rows)) if self._reader else None
+            return self.run(self._feeder.feed(columns))
+        return self._on_arrays(self._reader.values(columns)) if self._reader else None
 
-    def compute_rows(self, rows: Sequence[Mapping[str, Any]]) -> Arrays:
+    def compute_rows(self, rows: CheckedRows | Sequence[Mapping[str, Any]]) -> Arrays:
         """The answer to JSON rows that the contract accepts."""
         answer = self.on_rows(rows)
         return self.compute(self.contract.frame(rows)) if answer is None else answer

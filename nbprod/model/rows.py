@@ -5,7 +5,8 @@
 # %% ../../nbs/model/rows.ipynb #ced9674f
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ContractError
@@ -142,12 +143,16 @@ class FrameMaker:
         return create_dataframe_from_blocks(list(zip(blocks, self._places, strict=True)), index, self.names)
 
 # %% ../../nbs/model/rows.ipynb #499182f0
-class CheckedRows(list[dict[str, Any]]):
-    """JSON rows that keep the contract of `reader`, with the `columns` that its readers make of them."""
+class CheckedRows:
+    """n rows that keep the contract of `reader`: `columns` has the n values of each, None where null."""
 
-    def __init__(self, rows: Iterable[dict[str, Any]], columns: list[list[Any]], reader: RowReader) -> None:
-        super().__init__(rows)
+    __slots__ = ("columns", "reader")
+
+    def __init__(self, columns: list[list[Any]], reader: RowReader) -> None:
         self.columns, self.reader = columns, reader
+
+    def __len__(self) -> int:
+        return len(self.columns[0])
 
 # %% ../../nbs/model/rows.ipynb #c9304353
 def _nullable(column: Column) -> Reader:
@@ -162,18 +167,19 @@ class RowReader:
         self.columns, self.names = columns, [column.name for column in columns]
         self._expected = frozenset(self.names)
         self._readers = [(column.name, _nullable(column)) for column in columns]
-        self._maker = FrameMaker(columns)
 
-    def values(self, rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-        """The values of each column as its reader gives them, None where null.
+    @cached_property
+    def _maker(self) -> FrameMaker:
+        return FrameMaker(self.columns)  # imports pandas, which a compiled model does without
+
+    def check(self, rows: Sequence[Mapping[str, Any]]) -> CheckedRows:
+        """JSON `rows` with the values that the columns' readers give.
 
         Raises `ContractError` with every finding (row, column, message) if any row breaks the contract.
         """
-        if isinstance(rows, CheckedRows) and rows.reader is self:
-            return rows.columns
         try:
             if all(row.keys() == self._expected for row in rows):
-                return [[read(row[name]) for row in rows] for name, read in self._readers]
+                return CheckedRows([[read(row[name]) for row in rows] for name, read in self._readers], self)
         except (AttributeError, TypeError, ValueError):
             pass  # a row that is no mapping, or a value that does not fit: told below
         raise refuse(self.findings(rows))
@@ -191,9 +197,10 @@ class RowReader:
             ]
         return sorted(found, key=lambda each: int(str(each["row"])))
 
-    def frame(self, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-        """JSON `rows` as a frame with the training dtypes; raises as `values` does."""
-        return self._maker.frame(self.values(rows), len(rows))
+    def frame(self, rows: CheckedRows | Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+        """JSON rows as a frame with the training dtypes; raises as `check` does."""
+        checked = rows if isinstance(rows, CheckedRows) else self.check(rows)
+        return self._maker.frame(checked.columns, len(checked))
 
 # %% ../../nbs/model/rows.ipynb #a6a679b9
 def plain_values(column: Column, values: pd.Series) -> list[Any]:

@@ -25,6 +25,7 @@ from .library import provide_library
 from .parity import EXACT
 from .pipeline import FILES, SKOPS, Answer, Arrays, check_pipeline, compute, read_pipeline
 from .predictor import Predictor, load_predictor
+from .rows import CheckedRows
 from nbprod.model.sharing import (
     LOGGER,
     Transfer,
@@ -270,15 +271,10 @@ class Model(Version):
         """Predictions and probabilities, as arrays, for a frame that the contract has checked."""
         return self.predictor.compute(checked) if self.predictor else compute(self.pipeline, checked)
 
-    def compute_rows(self, rows: Sequence[Mapping[str, Any]], checked: pd.DataFrame | None = None) -> Arrays:
-        """Predictions and probabilities, as arrays, for JSON rows that the contract accepts.
-
-        `checked` is the frame that the contract makes of them, if there is one already.
-        """
+    def compute_rows(self, rows: CheckedRows | Sequence[Mapping[str, Any]]) -> Arrays:
+        """Predictions and probabilities, as arrays, for JSON rows that the contract accepts."""
         found = self.predictor.on_rows(rows) if self.predictor else None
-        if found is not None:
-            return found
-        return self.compute(self.contract.frame(rows) if checked is None else checked)
+        return self.compute(self.contract.frame(rows)) if found is None else found
 
     def answer(self, frame: pd.DataFrame) -> Answer:
         """Predictions and probabilities for `frame`, checked by the contract."""

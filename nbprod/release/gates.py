@@ -61,11 +61,11 @@ def golden_answers(model: Model) -> Gate:
     """Whether the pipeline, loaded here, and its compiled form answer as the pipeline did in training."""
     examples = model.examples
     try:
-        frame = model.contract.frame(examples["rows"])
+        rows = model.contract.reader.check(examples["rows"])
         with quiet():
-            found = [compare(examples, asdict(answer(model.pipeline, frame)))]
+            found = [compare(examples, asdict(answer(model.pipeline, model.contract.frame(rows))))]
             if model.predictor is not None:
-                given = asdict(model.compute_rows(examples["rows"], frame).answer())
+                given = asdict(model.compute_rows(rows).answer())
                 found.append(compare(examples, given, model.tolerance))
     except ModelError as error:
         return Gate("golden_answers", False, f"It cannot be loaded here: {error}")

@@ -5,40 +5,95 @@
 # %% ../../nbs/serve/answering.ipynb #814d91c5
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..model.examples import quiet
 from ..model.parity import compare
+from ..model.pipeline import Answer
+from ..model.rows import CheckedRows, RowReader
 from ..model.store import Model
 from .append_log import check_writable
 from .counting import ServiceMetrics
 from .decoding import RequestError, decode, items, outcomes
 from .ids import is_issued, new_ids
-from .prediction_log import FeedbackLog, PredictionLog
+from .messages import Asked
+from .prediction_log import Entry, FeedbackLog, PredictionLog
 from ..settings import Settings
 
 if TYPE_CHECKING:
-    import pandas as pd
     from prometheus_client import CollectorRegistry
 
 # %% auto #0
-__all__ = ['answer_rows', 'split_issued', 'Answerer']
+__all__ = ['QUICK_BYTES', 'QUICK_MICROSECONDS', 'Answered', 'split_issued', 'check_count', 'quick_bytes', 'HeldRows', 'Answerer']
 
 # %% ../../nbs/serve/answering.ipynb #183210ed
-def answer_rows(model: Model, rows: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The checked frame of JSON rows; their predictions and, if there are any, probabilities."""
-    frame = model.contract.frame(rows)
-    given = model.compute_rows(rows, frame).answer()
-    probabilities = {} if given.probabilities is None else {"probabilities": given.probabilities}
-    return frame, {"predictions": given.predictions} | probabilities
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What is told of n rows: predictions, probabilities (None where the model has none), ids, model."""
+
+    predictions: list[Any]
+    probabilities: list[list[float]] | None
+    ids: list[str]
+    model: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """The answer of POST /predict; without probabilities where there are none."""
+        given: dict[str, Any] = {"predictions": self.predictions, "ids": self.ids, "model": self.model}
+        return given if self.probabilities is None else given | {"probabilities": self.probabilities}
 
 # %% ../../nbs/serve/answering.ipynb #9d43bfbc
 def split_issued(name: str, pairs: Sequence[tuple[str, Any]]) -> tuple[list[tuple[str, Any]], list[str]]:
     """The (id, actual) pairs whose id the model `name` can have issued, and the ids of the others."""
     issued = [pair for pair in pairs if is_issued(name, pair[0])]
     return issued, [id for id, _ in pairs if not is_issued(name, id)]
+
+# %% ../../nbs/serve/answering.ipynb #0e5f0c02
+def check_count(rows: int, most: int) -> None:
+    """Raise `RequestError` 413 for more rows than a request may have."""
+    if rows > most:
+        message = f"The request has {rows} rows; send at most {most} at once."
+        raise RequestError(message, status=413, reason="rows")
+
+# %% ../../nbs/serve/answering.ipynb #0e5f0c05
+QUICK_BYTES = 32_768
+QUICK_MICROSECONDS = 1000  # a row
+
+
+def quick_bytes(model: Model) -> int:
+    """The size of the requests that are answered at once; 0 for a model that computes in Python."""
+    predictor, spent = model.predictor, model.verdict.get("microseconds") or {}
+    quick = predictor is not None and predictor.takes_rows and spent.get("compiled", 0) < QUICK_MICROSECONDS
+    return QUICK_BYTES if quick else 0
+
+# %% ../../nbs/serve/answering.ipynb #0e5f0c08
+class HeldRows:
+    """Rows of requests that wait to be computed together."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, CheckedRows] = {}
+        self._numbers = itertools.count()
+
+    @contextmanager
+    def hold(self, rows: CheckedRows) -> Iterator[list[tuple[int, int]]]:
+        """The places of `rows`, which are held while the context lasts."""
+        number = next(self._numbers)
+        self._held[number] = rows
+        try:
+            yield [(number, place) for place in range(len(rows))]
+        finally:
+            del self._held[number]
+
+    def gather(self, places: Sequence[Sequence[int]], reader: RowReader) -> CheckedRows:
+        """The rows at `places`, in their order."""
+        found = [(self._held[number].columns, place) for number, place in places]
+        count = len(reader.columns)
+        columns = [[rows[column][place] for rows, place in found] for column in range(count)]
+        return CheckedRows(columns, reader)
 
 # %% ../../nbs/serve/answering.ipynb #b3c32145
 class Answerer:
@@ -48,26 +103,59 @@ class Answerer:
         folder = settings.predictions / model.name
         check_writable(folder)
         self.model, self.metrics = model, ServiceMetrics(model, registry)
+        self.held_rows = HeldRows()
+        self._max_rows, self._quick_bytes = settings.max_rows, quick_bytes(model)
         with quiet():
-            given = answer_rows(model, model.examples["rows"])[1]
-        self.parity = compare(model.examples, given, model.tolerance)
+            given = self.compute(model.contract.reader.check(model.examples["rows"]))
+        self.parity = compare(model.examples, asdict(given), model.tolerance)
         self._log = PredictionLog(folder, model.tag, model.contract, self.metrics.bins, self.metrics.dropped)
         self._feedback_log = FeedbackLog(folder, self.metrics.dropped)
 
-    def rows(self, body: bytes) -> Sequence[Mapping[str, Any]]:
-        """The rows in the body of a request; raises `RequestError` or `ContractError`."""
-        checked = self.model.contract.decoder.rows(body)
-        return items(decode(body), "rows") if checked is None else checked
+    def is_quick(self, size: int) -> bool:
+        """Whether a request of `size` bytes is answered within a few milliseconds."""
+        return size <= self._quick_bytes
 
-    def predict(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Answer JSON rows: predictions, probabilities (of classifiers that have them), ids, model."""
-        start = time.perf_counter()
-        frame, given = answer_rows(self.model, rows)
+    @property
+    def batches(self) -> bool:
+        """Whether rows of several requests are better computed together: those of models in Python."""
+        return self.model.predictor is None
+
+    def rows(self, body: bytes) -> CheckedRows:
+        """The JSON rows in the body of a request; raises `RequestError` or `ContractError`."""
+        contract = self.model.contract
+        rows = contract.decoder.rows(body)
+        if rows is None:
+            given = items(decode(body), "rows")
+            check_count(len(given), self._max_rows)
+            return contract.reader.check(given)
+        check_count(len(rows), self._max_rows)
+        return rows
+
+    def compute(self, rows: CheckedRows) -> Answer:
+        """Predictions and probabilities, and nothing else."""
+        return self.model.compute_rows(rows).answer()
+
+    def keep(self, rows: CheckedRows, answer: Answer, asked: Asked) -> Answered:
+        """Give each answered row an id, log it and count it."""
         ids = new_ids(self.model.name, len(rows))
-        seconds = time.perf_counter() - start
-        self._log.append(ids, frame, given["predictions"], given.get("probabilities"), seconds)
-        self.metrics.rows(len(rows))
-        return given | {"ids": ids, "model": self.model.tag}
+        seconds = time.perf_counter() - asked.start
+        predictions, probabilities = answer.predictions, answer.probabilities
+        self._log.append(
+            Entry(ids, rows.columns, predictions, probabilities, seconds, asked.request, asked.key)
+        )
+        self.metrics.rows(len(ids))
+        return Answered(predictions, probabilities, ids, self.model.tag)
+
+    def predict(self, rows: Sequence[Any]) -> Answered:
+        """Answer JSON rows: all of the above. Raises `ContractError`."""
+        asked, checked = Asked(), self.model.contract.reader.check(rows)
+        return self.keep(checked, self.compute(checked), asked)
+
+    def compute_held(self, places: Sequence[Sequence[int]]) -> list[tuple[Any, Any]]:
+        """Prediction and probabilities of each of the rows that are held at `places`."""
+        answer = self.compute(self.held_rows.gather(places, self.model.contract.reader))
+        probabilities: Sequence[Any] = answer.probabilities or [None] * len(places)
+        return list(zip(answer.predictions, probabilities, strict=True))
 
     def feedback(self, elements: Sequence[Any]) -> dict[str, Any]:
         """Take outcomes {id, actual}: how many were accepted, and the ids that this model never issued.

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ..model.baseline import Baseline
+from ..model.contract import Contract
 from ..model.store import Model
 from .prediction_log import Entry, entry_frame
 
@@ -61,9 +62,11 @@ def _announce(model: Model, registry: CollectorRegistry) -> None:
     info.labels(model.tag, model.run or "", commit or "").set(1)
 
 # %% ../../nbs/serve/counting.ipynb #f00a2cde
-def binned(baseline: Baseline, entries: Sequence[Entry]) -> Iterator[tuple[str, tuple[str, ...], np.ndarray]]:
+def binned(
+    baseline: Baseline, contract: Contract, entries: Sequence[Entry]
+) -> Iterator[tuple[str, tuple[str, ...], np.ndarray]]:
     """What to count for `entries`: a counter's name, its labels before the bin, and rows by bin."""
-    frame = entry_frame(entries)
+    frame = entry_frame(entries, contract)
     for column, histogram in baseline.features.items():
         yield "nbprod_feature", (column,), histogram.count(frame[column])
     for entry in entries:
@@ -102,9 +105,9 @@ class ServiceMetrics:
 
     def bins(self, entries: Sequence[Entry]) -> None:
         """Count logged rows into the bins of the training profile; meant for the log's own thread."""
-        for name, labels, counts in binned(self._baseline, entries):
+        for name, labels, counts in binned(self._baseline, self._contract, entries):
             for index in counts.nonzero()[0]:
                 self._counters[name].labels(self._tag, *labels, str(index)).inc(int(counts[index]))
-        for column, kinds in self._contract.unusual(entry_frame(entries)).items():
+        for column, kinds in self._contract.unusual(entry_frame(entries, self._contract)).items():
             for kind, count in kinds.items():
                 self._counters["nbprod_unusual_values"].labels(self._tag, column, kind).inc(count)

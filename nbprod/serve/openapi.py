@@ -161,7 +161,8 @@ def paths(model: Model) -> dict[str, Any]:
 # %% ../../nbs/serve/openapi.ipynb #c53c576c
 def _infrastructure(base: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
     """BentoML's own routes, which answer in plain text."""
-    others = {path: dict(item["get"]) for path, item in base["paths"].items() if path not in ours}
+    read = {path: item for path, item in base["paths"].items() if path not in ours and "get" in item}
+    others = {path: dict(item["get"]) for path, item in read.items()}
     text = {"text/plain": {"schema": {"type": "string"}}}
     for operation in others.values():
         operation["responses"] = {"200": {"description": "As expected", "content": text}}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import NotFoundError, did_you_mean
 from ..model.column import Column
 from ..model.contract import Contract
+from ..model.rows import CheckedRows
 from ..model.validation import in_training_dtype
 from ..model.values import category_values
 from .append_log import AppendLog, _ignore, read_stream, stream_files
@@ -61,13 +62,15 @@ def _arrow_column(column: Column, values: pd.Series) -> pa.Array:
 # %% ../../nbs/serve/prediction_log.ipynb #4b883af8
 @dataclass(frozen=True)
 class Entry:
-    """One answered request: n `ids`, a `frame` of n rows, n `predictions`, n `probabilities` or None."""
+    """One answered request of n rows: `columns` has the n values of each, `key` names the API key."""
 
     ids: Sequence[str]
-    frame: pd.DataFrame
+    columns: Sequence[Sequence[Any]]
     predictions: Sequence[Any]
     probabilities: Sequence[Sequence[float]] | None
     seconds: float
+    request: str | None = None
+    key: str | None = None
     time: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     @property
@@ -76,12 +79,13 @@ class Entry:
         return len(self.ids)
 
 # %% ../../nbs/serve/prediction_log.ipynb #fb82f377
-def entry_frame(entries: Sequence[Entry]) -> pd.DataFrame:
+def entry_frame(entries: Sequence[Entry], contract: Contract) -> pd.DataFrame:
     """The input rows of all `entries`, one below the other."""
-    import pandas as pd
-
-    frames = [entry.frame for entry in entries]
-    return frames[0] if len(frames) == 1 else pd.concat(frames, ignore_index=True)
+    columns = [
+        [value for each in parts for value in each]
+        for parts in zip(*(e.columns for e in entries), strict=True)
+    ]
+    return contract.frame(CheckedRows(columns, contract.reader))
 
 # %% ../../nbs/serve/prediction_log.ipynb #ff606314
 def _probabilities(entry: Entry) -> Sequence[Sequence[float] | None]:
@@ -108,7 +112,7 @@ def to_table(entries: Sequence[Entry], model: str, contract: Contract) -> pa.Tab
         "probability": pa.array(probabilities, pa.list_(pa.float64())),
         "seconds": pa.array(_repeat(entries, lambda entry: entry.seconds)),
     }
-    frame = entry_frame(entries)
+    frame = entry_frame(entries, contract)
     features = {logged_name(each.name): _arrow_column(each, frame[each.name]) for each in contract.columns}
     return pa.table(columns | features, metadata={"nbprod.contract": json.dumps(contract.as_dict())})
 
@@ -129,16 +133,9 @@ class PredictionLog:
 
         self._log = AppendLog(folder / "predictions", table, listener, on_dropped)
 
-    def append(
-        self,
-        ids: Sequence[str],
-        frame: pd.DataFrame,
-        predictions: Sequence[Any],
-        probabilities: Sequence[Sequence[float]] | None,
-        seconds: float,
-    ) -> bool:
-        """Log n answered rows; returns at once. False: they were dropped, for want of room."""
-        return self._log.append(Entry(ids, frame, predictions, probabilities, seconds), len(ids))
+    def append(self, entry: Entry) -> bool:
+        """Log answered rows; returns at once. False: they were dropped, for want of room."""
+        return self._log.append(entry, len(entry.ids))
 
     def close(self) -> None:
         """Write what is waiting and close the file."""

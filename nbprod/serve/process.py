@@ -25,7 +25,7 @@ from typing import IO, Any
 
 from ..errors import ServeError
 from ..files import hold, is_held
-from ..settings import Settings, bentoml_home, load_settings
+from ..settings import Settings, bentoml_home, limits, load_settings
 
 # %% auto #0
 __all__ = ['DRAIN_SECONDS', 'free_port', 'check_port', 'link_home', 'remove_stale', 'private_home', 'service_environ',
@@ -106,7 +106,7 @@ def service_environ(
         "BENTOML_HOME": str(home),
         "BENTOML_CONFIG_OVERRIDES": _overrides(name, workers, environ),
         "NBPROD_STORE": str(settings.store),
-        "NBPROD_MAX_BODY": str(settings.max_body),
+        **limits(settings),
     }
 
 # %% ../../nbs/serve/process.ipynb #1f5f238e

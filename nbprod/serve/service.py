@@ -21,8 +21,9 @@ from ..model.trust import Trust
 from .answering import Answerer
 from .append_log import check_writable
 from .openapi import openapi_document
-from .routes import Desk, Reply, Routes, json_reply
-from ..settings import load_settings
+from .messages import Reply, json_reply
+from .routes import BATCHED, Desk, Routes
+from ..settings import Settings, limits, load_settings
 
 if TYPE_CHECKING:
     from bentoml import Service
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("nbprod.serve")
 
 # %% auto #0
-__all__ = ['logger', 'SECURITY_POLICY', 'DURATION_BUCKETS', 'api_types', 'model_facts', 'notebook_page', 'pages',
-           'prepare_deployment', 'open_desk', 'close_desk', 'is_ready', 'watch_signals', 'create_service']
+__all__ = ['logger', 'SECURITY_POLICY', 'DURATION_BUCKETS', 'CONCURRENT', 'BATCH_MILLISECONDS', 'api_types', 'model_facts',
+           'notebook_page', 'pages', 'prepare_deployment', 'open_desk', 'close_desk', 'is_ready', 'watch_signals',
+           'service_options', 'create_service']
 
 # %% ../../nbs/serve/service.ipynb #33c765b5
 def api_types(model: Model) -> dict[str, type[BaseModel]]:
@@ -114,7 +116,7 @@ def prepare_deployment(name: str) -> None:
     except NbprodError as error:
         raise BentoMLException(str(error)) from error
     os.environ["NBPROD_STORE"] = str(settings.store)
-    os.environ["NBPROD_MAX_BODY"] = str(settings.max_body)
+    os.environ |= limits(settings)
 
 # %% ../../nbs/serve/service.ipynb #577cab1e
 def open_desk(desk: Desk, model: Model, notebook: Path | None, service: Service[Any]) -> None:
@@ -161,6 +163,20 @@ DURATION_BUCKETS = [
     *[0.075, 0.1, 0.15, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0],
 ]  # seconds
 
+# %% ../../nbs/serve/service.ipynb #0e5f0d02
+CONCURRENT = 1000  # requests at once; more are told to come back
+BATCH_MILLISECONDS = 10_000
+
+
+def service_options(settings: Settings) -> dict[str, Any]:
+    """How BentoML runs the service."""
+    return {
+        "metrics": {"duration": {"buckets": DURATION_BUCKETS}},
+        "traffic": {"timeout": settings.timeout, "max_concurrency": CONCURRENT},
+        "logging": {"access": {"enabled": False}},
+        "tracing": {"excluded_urls": ".*"},
+    }
+
 # %% ../../nbs/serve/service.ipynb #57f7ae83
 def create_service(
     tag: str, notebook: Path | None = None, *, trusted: Iterable[str] = (), allow_pickle: bool = False
@@ -175,7 +191,7 @@ def create_service(
     reference = BentoModel(tag)
     trust = Trust(tuple(trusted), allow_pickle)
     model = Model(str(reference.tag), Path(reference.resolve().path), trust)
-    types, desk = api_types(model), Desk(max_body=0)
+    types, desk, settings = api_types(model), Desk(max_body=0), load_settings(required=False)
 
     class ModelService:
         # An attribute of this type is how BentoML learns which model belongs into the image.
@@ -187,7 +203,14 @@ def create_service(
         @bentoml.api(input_spec=types["predict"], output_spec=types["predictions"])
         def predict(self, rows: Any) -> Any:
             """Predict rows; probabilities in the order of the classes."""
-            return types["predictions"](**desk.opened().predict(rows))
+            return types["predictions"](**desk.opened().predict(rows).as_dict())
+
+        @bentoml.api(
+            route=BATCHED, batchable=True, max_batch_size=settings.max_rows, max_latency_ms=BATCH_MILLISECONDS
+        )
+        def compute_held(self, places: list[Any]) -> list[Any]:
+            """Compute rows that wait in this process; nobody can ask for that from outside."""
+            return desk.opened().compute_held(places)
 
         @bentoml.api(input_spec=types["feedback"], output_spec=types["accepted"])
         def feedback(self, feedback: Any) -> Any:
@@ -208,7 +231,6 @@ def create_service(
             close_desk(desk)
 
     ModelService.__doc__ = f"Predictions of the model {model.tag}."
-    timed = {"duration": {"buckets": DURATION_BUCKETS}}
-    service: Service[Any] = bentoml.service(name=model.name, metrics=timed)(ModelService)
+    service: Service[Any] = bentoml.service(name=model.name, **service_options(settings))(ModelService)
     service.add_asgi_middleware(Routes, desk=desk)
     return service
