@@ -72,8 +72,11 @@ class TableCounter:
         tag, self._baseline = model.tag, model.baseline
         self._columns = []
         for column in model.contract.columns:
-            profiled = self._baseline.features.get(column.name)
-            bins = profiled and BinCounter(profiled, _children(features, tag, column.name))
+            histogram, children = (
+                self._baseline.features.get(column.name),
+                _children(features, tag, column.name),
+            )
+            bins = None if histogram is None else BinCounter(histogram, children)
             self._columns.append(ColumnCounter(column, bins, _children(unusual, tag, column.name)))
         self._predictions = BinCounter(self._baseline.prediction, _children(predictions, tag))
 

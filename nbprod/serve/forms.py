@@ -18,10 +18,11 @@ __all__ = ['ROWS', 'Form', 'form_of']
 # %% ../../nbs/serve/forms.ipynb #5980c486
 @dataclass(frozen=True)
 class Form:
-    """How rows are read from what was asked, and how an answer is written."""
+    """How rows are read from what was asked, and how an answer is written; `name` stands for it in metrics."""
 
     read: Callable[[Answerer, Asked], CheckedRows]
     write: Callable[[Answered], Reply]
+    name: str = "rows"
 
 
 def _read_json(answerer: Answerer, asked: Asked) -> CheckedRows:

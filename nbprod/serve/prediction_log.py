@@ -125,13 +125,15 @@ class PredictionLog:
         folder: Path,
         model: str,
         contract: Contract,
-        listener: Callable[[list[Entry]], None] = _ignore,
+        listener: Callable[[pa.Table], None] = _ignore,
         on_dropped: Callable[[int], None] = _ignore,
     ) -> None:
         def table(entries: list[Entry]) -> pa.Table:
             return to_table(entries, model, contract)
 
-        self._log = AppendLog(folder / "predictions", table, listener, on_dropped)
+        self._log = AppendLog(
+            folder / "predictions", table, lambda entries: listener(table(entries)), on_dropped
+        )
 
     def append(self, entry: Entry) -> bool:
         """Log answered rows; returns at once. False: they were dropped, for want of room."""
