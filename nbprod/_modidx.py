@@ -2625,6 +2625,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'nbprod/serve/counting.py'),
                                        'nbprod.serve.counting.ServiceMetrics.rows': ( 'serve/counting.html#servicemetrics.rows',
                                                                                       'nbprod/serve/counting.py'),
+                                       'nbprod.serve.counting._lives': ('serve/counting.html#_lives', 'nbprod/serve/counting.py'),
                                        'nbprod.serve.counting.forget_dead_workers': ( 'serve/counting.html#forget_dead_workers',
                                                                                       'nbprod/serve/counting.py')},
             'nbprod.serve.decoding': { 'nbprod.serve.decoding.NotFinite': ('serve/decoding.html#notfinite', 'nbprod/serve/decoding.py'),

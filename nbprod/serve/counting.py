@@ -76,15 +76,20 @@ class ServiceMetrics:
             self._table.add(table)
 
 # %% ../../nbs/serve/counting.ipynb #eeda0c82
+def _lives(process: int) -> bool:
+    import psutil
+
+    try:
+        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def forget_dead_workers(folder: str) -> None:
     """Remove what dead processes said in prometheus_client's `folder` of what is true only while they live."""
     for path in Path(folder).glob("gauge_live*_*.db") if folder else ():
         process = int(path.stem.rpartition("_")[2])
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
+        if not _lives(process):
             from prometheus_client.multiprocess import mark_process_dead
 
             mark_process_dead(process, folder)
-        except OSError:
-            pass  # it lives, and is somebody else's
