@@ -15,7 +15,7 @@ from ..model.observed import Observed
 from ..model.store import Model
 from ..model.validation import Usual
 from .metric_names import METRICS
-from .prediction_log import logged_name
+from .log_table import logged_name
 
 if TYPE_CHECKING:
     import pyarrow as pa

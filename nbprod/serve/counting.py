@@ -72,8 +72,8 @@ class ServiceMetrics:
         if len(table):
             first = Observed(table["time"]).present.min().astype("datetime64[us]").astype(int) / 1e6
             self._delay.observe(max(0.0, time.time() - first))
-            self._logged.inc(len(table))
             self._table.add(table)
+            self._logged.inc(len(table))
 
 # %% ../../nbs/serve/counting.ipynb #eeda0c82
 def _lives(process: int) -> bool:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..model.rows import CheckedRows
 from .answering import Answered, Answerer
@@ -22,7 +22,7 @@ class Form:
 
     read: Callable[[Answerer, Asked], CheckedRows]
     write: Callable[[Answered], Reply]
-    name: str = "rows"
+    name: str = field(default="rows", kw_only=True)
 
 
 def _read_json(answerer: Answerer, asked: Asked) -> CheckedRows:
