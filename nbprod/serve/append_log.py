@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable
@@ -63,8 +64,8 @@ class Backlog:
                 self._hurry.set()
             return True
 
-    def take(self, gather: float, patience: float) -> tuple[list[Any], int] | None:
-        """Wait `patience` seconds for an item, then `gather` seconds for more; all items and their rows.
+    def take(self, due: float, patience: float) -> tuple[list[Any], int] | None:
+        """Wait `patience` seconds for an item, then until `due` for more; all items and their rows.
 
         None is the end: the backlog is closed and empty.
         """
@@ -72,7 +73,7 @@ class Backlog:
             self._filled.wait_for(lambda: self._items or self._closed, patience)
             if not self._items:
                 return None if self._closed else ([], 0)
-        self._hurry.wait(gather)
+        self._hurry.wait(max(due - time.monotonic(), 0.0))
         with self._filled:
             taken = list(self._items)
             self._items.clear()
@@ -152,7 +153,9 @@ class AppendLog:
         self._thread.join(timeout)
 
     def _run(self) -> None:
-        while (taken := self._backlog.take(FLUSH_SECONDS, IDLE_SECONDS)) is not None:
+        due = 0.0
+        while (taken := self._backlog.take(due, IDLE_SECONDS)) is not None:
+            due = time.monotonic() + FLUSH_SECONDS
             items, rows = taken
             if items:
                 self._log(items, rows)
