@@ -80,7 +80,7 @@ def time_texts(column: Column, array: pa.Array) -> list[Any]:
         found = days if (days == found).all() else found
     texts = np.datetime_as_string(found, timezone="UTC" if zoned else "naive").tolist()
     if not array.null_count:
-        return texts  # type: ignore[no-any-return]
+        return texts
     return [text if valid else None for text, valid in zip(texts, array.is_valid().to_pylist(), strict=True)]
 
 # %% ../../nbs/model/arrow_decoder.ipynb #ddc4a5d7
@@ -96,7 +96,7 @@ def json_values(column: Column, array: pa.Array) -> list[Any]:
         return [None if value is None or value != value else float(value) for value in array.to_pylist()]
     if kind in ("day", "moment", "zoned moment"):
         return time_texts(column, array) if len(array) else []
-    return array.to_pylist()  # type: ignore[no-any-return]
+    return array.to_pylist()
 
 # %% ../../nbs/model/arrow_decoder.ipynb #6bc7ef70
 def schema_findings(columns: Sequence[Column], schema: pa.Schema) -> list[Finding]:

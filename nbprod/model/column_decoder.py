@@ -30,9 +30,9 @@ def column_type(column: Column) -> Any:
 
     found = value_type(column)
     if found in (float, float | None):
-        bounded = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
+        bounded: Any = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
         found = bounded | None if column.nullable else bounded
-    return list[found]
+    return list[found]  # type: ignore[valid-type]
 
 # %% ../../nbs/model/column_decoder.ipynb #beb07c30
 def columns_type(columns: Sequence[Column]) -> type[msgspec.Struct]:

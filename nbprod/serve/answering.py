@@ -124,8 +124,8 @@ class Answerer:
 
     @property
     def batches(self) -> bool:
-        """Whether rows of several requests are better computed together: those of models in Python."""
-        return self.model.predictor is None
+        """Whether rows of several requests are better computed together: where they become a table."""
+        return self.model.predictor is None or not self.model.predictor.takes_rows
 
     def rows(self, body: bytes) -> CheckedRows:
         """The JSON rows or columns in the body of a request; raises `RequestError` or `ContractError`."""

@@ -5,7 +5,8 @@
 # %% ../../nbs/serve/inference_protocol.ipynb #4ce96841
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -18,11 +19,12 @@ from ..model.store import Model
 from ..model.values import category_values
 from .answering import Answered
 from .decoding import RequestError
+from .messages import Reply, json_reply
 
 # %% auto #0
 __all__ = ['KINDS', 'datatypes', 'datatype_of', 'Tensor', 'Output', 'InferRequest', 'read_request', 'flat', 'tensor_findings',
            'read_columns', 'output_names', 'check_outputs', 'infer_response', 'server_metadata', 'model_metadata',
-           'model_paths']
+           'model_paths', 'infer_paths', 'protocol_pages']
 
 # %% ../../nbs/serve/inference_protocol.ipynb #429c5547
 KINDS = {
@@ -145,7 +147,7 @@ def infer_response(request: InferRequest, answered: Answered) -> dict[str, Any]:
     name, _, version = answered.model.partition(":")
     given = {"predict": answered.predictions, "predict_proba": answered.probabilities, "id": answered.ids}
     asked = [output.name for output in request.outputs or ()] or given
-    outputs = [_tensor(each, given[each]) for each in asked if given[each] is not None]
+    outputs = [_tensor(each, values) for each in asked if (values := given[each]) is not None]
     named = {} if request.id is None else {"id": request.id}
     return {"model_name": name, "model_version": version, **named, "outputs": outputs}
 
@@ -181,6 +183,29 @@ def model_metadata(model: Model) -> dict[str, Any]:
     }
 
 # %% ../../nbs/serve/inference_protocol.ipynb #15f75d4d
-def model_paths(name: str, version: str) -> list[str]:
+def model_paths(model: Model) -> list[str]:
     """The two paths under which a model is known."""
-    return [f"/v2/models/{name}", f"/v2/models/{name}/versions/{version}"]
+    return [f"/v2/models/{model.name}", f"/v2/models/{model.name}/versions/{model.version}"]
+
+
+def infer_paths(model: Model) -> list[str]:
+    """The paths to which tensors are sent."""
+    return [f"{path}/infer" for path in model_paths(model)]
+
+# %% ../../nbs/serve/inference_protocol.ipynb #9d31ab61
+def _ready(is_ready: Callable[[], bool], told: Mapping[str, Any]) -> Reply:
+    answers = is_ready()
+    return json_reply({**told, "ready": answers}, 200 if answers else 503)
+
+
+def protocol_pages(model: Model, is_ready: Callable[[], bool]) -> dict[str, Reply | Callable[[], Reply]]:
+    """The replies to GET, or what makes them, by path."""
+    found: dict[str, Reply | Callable[[], Reply]] = {
+        "/v2": json_reply(server_metadata()),
+        "/v2/health/live": json_reply({"live": True}),
+        "/v2/health/ready": partial(_ready, is_ready, {}),
+    }
+    for path in model_paths(model):
+        found[path] = json_reply(model_metadata(model))
+        found[f"{path}/ready"] = partial(_ready, is_ready, {"name": model.name})
+    return found

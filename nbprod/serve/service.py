@@ -5,9 +5,11 @@
 # %% ../../nbs/serve/service.ipynb #812891ff
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -21,7 +23,7 @@ from ..model.trust import Trust
 from .answering import Answerer
 from .append_log import check_writable
 from .openapi import openapi_document
-from .inference_protocol import model_metadata, model_paths, server_metadata
+from .inference_protocol import infer_paths, protocol_pages
 from .messages import Reply, json_reply
 from .routes import BATCHED, Desk, Routes
 from ..settings import Settings, limits, load_settings
@@ -33,9 +35,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("nbprod.serve")
 
 # %% auto #0
-__all__ = ['logger', 'SECURITY_POLICY', 'DURATION_BUCKETS', 'CONCURRENT', 'BATCH_MILLISECONDS', 'api_types', 'model_facts',
-           'notebook_page', 'pages', 'protocol_pages', 'prepare_deployment', 'open_desk', 'close_desk', 'is_ready',
-           'watch_signals', 'service_options', 'create_service']
+__all__ = ['logger', 'SECURITY_POLICY', 'SWITCH_SECONDS', 'DURATION_BUCKETS', 'CONCURRENT', 'BATCH_MILLISECONDS', 'api_types',
+           'model_facts', 'notebook_page', 'pages', 'calm_interpreter', 'prepare_deployment', 'open_desk', 'close_desk',
+           'is_ready', 'watch_signals', 'service_options', 'create_service']
 
 # %% ../../nbs/serve/service.ipynb #33c765b5
 def api_types(model: Model) -> dict[str, type[BaseModel]]:
@@ -106,25 +108,15 @@ def pages(model: Model, notebook: Path | None, document: Mapping[str, Any]) -> d
         "/docs.json": json_reply(openapi_document(model, document)),
     }
 
-# %% ../../nbs/serve/service.ipynb #089d23b6
-def protocol_pages(desk: Desk, model: Model) -> dict[str, Reply | Callable[[], Reply]]:
-    """The replies to GET of the Open Inference Protocol, by path."""
+# %% ../../nbs/serve/service.ipynb #0e5f1b02
+SWITCH_SECONDS = 0.0005
 
-    def ready(told: Mapping[str, Any]) -> Reply:
-        answers = is_ready(desk)
-        return json_reply({**told, "ready": answers}, 200 if answers else 503)
 
-    found: dict[str, Reply | Callable[[], Reply]] = {
-        "/v2": json_reply(server_metadata()),
-        "/v2/health/live": json_reply({"live": True}),
-        "/v2/health/ready": partial(ready, {}),
-    }
-    for path in model_paths(model.name, model.version):
-        found |= {
-            path: json_reply(model_metadata(model)),
-            f"{path}/ready": partial(ready, {"name": model.name}),
-        }
-    return found
+def calm_interpreter() -> None:
+    """Let threads give way to one another soon, and leave what was loaded out of garbage collections."""
+    gc.collect()
+    gc.freeze()
+    sys.setswitchinterval(SWITCH_SECONDS)
 
 # %% ../../nbs/serve/service.ipynb #4fe6db2f
 def prepare_deployment(name: str) -> None:
@@ -145,9 +137,10 @@ def open_desk(desk: Desk, model: Model, notebook: Path | None, service: Service[
     settings = load_settings(required=False)
     desk.max_body = settings.max_body
     desk.pages.update(pages(model, notebook, service.openapi_spec.asdict()))
-    desk.pages.update(protocol_pages(desk, model))
+    desk.pages.update(protocol_pages(model, partial(is_ready, desk)))
     desk.answerer = Answerer(model, settings)
     watch_signals(desk)
+    calm_interpreter()
     parity = desk.answerer.parity
     if not parity.equal:
         logger.error("%s answers %s golden examples otherwise: %s", model, len(parity.wrong), parity)
@@ -214,7 +207,7 @@ def create_service(
     trust = Trust(tuple(trusted), allow_pickle)
     model = Model(str(reference.tag), Path(reference.resolve().path), trust)
     types, settings = api_types(model), load_settings(required=False)
-    desk = Desk(0, infer_paths=[f"{path}/infer" for path in model_paths(model.name, model.version)])
+    desk = Desk(max_body=0, infer_paths=infer_paths(model))
 
     class ModelService:
         # An attribute of this type is how BentoML learns which model belongs into the image.
