@@ -75,6 +75,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'nbprod.client.Table.__len__': ('client.html#table.__len__', 'nbprod/client.py'),
                                'nbprod.client.Table.body': ('client.html#table.body', 'nbprod/client.py'),
                                'nbprod.client.Table.part': ('client.html#table.part', 'nbprod/client.py'),
+                               'nbprod.client._arrow': ('client.html#_arrow', 'nbprod/client.py'),
                                'nbprod.client._broken': ('client.html#_broken', 'nbprod/client.py'),
                                'nbprod.client._of_pandas': ('client.html#_of_pandas', 'nbprod/client.py'),
                                'nbprod.client._told': ('client.html#_told', 'nbprod/client.py'),

@@ -93,13 +93,26 @@ def as_table(inputs: Any, names: Sequence[str]) -> Table:
     return Table([*inputs])
 
 
+def _arrow(frame: Any) -> pa.Table:
+    """A frame of pandas as a table of Arrow; zones are left out before, where pyarrow warns of them."""
+    import pyarrow as pa
+
+    zoned = [name for name, dtype in frame.dtypes.items() if getattr(dtype, "tz", None) is not None]
+    plain = frame.assign(**{name: frame[name].dt.tz_convert(None) for name in zoned})
+    table = pa.Table.from_pandas(plain, preserve_index=False)
+    for name in zoned:
+        moments = table[name].cast(pa.timestamp(table[name].type.unit, "UTC"))
+        table = table.set_column(table.column_names.index(name), name, moments)
+    return table
+
+
 def _of_pandas(frame: Any) -> Table:
     import pyarrow as pa
 
     times = any(dtype.kind == "M" for dtype in frame.dtypes)
     if len(frame) > FEW or times:
         try:
-            return Table(table=pa.Table.from_pandas(frame, preserve_index=False))
+            return Table(table=_arrow(frame))
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
             pass  # mixed values; which of them is wrong, the service tells
     return Table(frame.to_dict("records"))
