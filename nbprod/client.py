@@ -122,8 +122,8 @@ def _of_pandas(frame: Any) -> Table:
 class Answers:
     """What a service answered to n rows.
 
-    `predictions` is an array of n (or n by outputs), `probabilities` one of n by classes or None, `ids` has an id for
-    each row, and `model` is the tag of the version that answered.
+    `predictions` is an array of n (or n by outputs), `probabilities` one of n by classes or None, `ids` has
+    n, and `model` is the tag of the version that answered.
     """
 
     predictions: np.ndarray
@@ -133,7 +133,7 @@ class Answers:
 
 
 def value_array(values: Sequence[Any]) -> np.ndarray:
-    """Predictions as an array; texts and what is mixed have the dtype object, and null is NaN among numbers."""
+    """Predictions as an array: texts and what is mixed as objects, null among numbers as NaN."""
     import numpy as np
 
     kinds = {type(value) for value in values} - {type(None)}
@@ -251,7 +251,7 @@ LARGEST = 10_000  # rows of a request
 
 
 class Client:
-    """A served model; made by `connect`. Threads may share it. As a context manager it closes its connections."""
+    """A served model, made by `connect`. Threads may share it; as a context manager it closes itself."""
 
     def __init__(self, url: str, key: str | None, timeout: float, session: httpx.Client) -> None:
         self.url, self.timeout = url, timeout
@@ -281,8 +281,8 @@ class Client:
     def predict(self, inputs: Any) -> np.ndarray:
         """Predictions (n) for a frame of n rows, or a list of rows: what the model's own predict gives.
 
-        Of a frame, only the columns of the contract are sent. Raises `ContractError` for rows that break it and
-        `ServiceError` if there is no answer. A table of more than 10,000 rows is sent in parts.
+        Of a frame, only the columns of the contract are sent. Raises `ContractError` for rows that break it
+        and `ServiceError` if there is no answer. A table of more than 10,000 rows is sent in parts.
         """
         return self.answer(inputs).predictions
 
@@ -393,9 +393,9 @@ def connect(
 ) -> Client:
     """A client of the nbprod service at `url`.
 
-    `key` is its API key, by default the environment's NBPROD_KEY. `timeout` (seconds) bounds each call with all of
-    its tries. `verify` is a file of certificates, or an `ssl.SSLContext`, where the service's are not known to the
-    system. Raises `ServiceError` if no nbprod service answers there.
+    `key` is its API key, by default the environment's NBPROD_KEY. `timeout` (seconds) bounds each call with
+    all of its tries. `verify` is an `ssl.SSLContext` or a file of certificates, where the service's are not
+    known to the system. Raises `ServiceError` if no nbprod service answers there.
 
         service = nbprod.connect("http://127.0.0.1:3000")
         late = service.predict(flights)                     # an array, as model.predict gives

@@ -23,7 +23,7 @@ __all__ = ['family', 'families', 'moments', 'time_texts', 'json_values', 'schema
 
 # %% ../../nbs/model/arrow_decoder.ipynb #d1c78c69
 def family(kind: pa.DataType) -> str:
-    """What the values of an Arrow type are: int, float, bool, text, day, moment, zoned moment, null or other."""
+    """What the values of a type are: int, float, bool, text, day, moment, zoned moment, null or other."""
     from pyarrow import types
 
     if types.is_dictionary(kind):

@@ -39,7 +39,8 @@ def columns_type(columns: Sequence[Column]) -> type[msgspec.Struct]:
     """The type of a request by columns for msgspec."""
     import msgspec
 
-    fields = [(f"column_{place}", list[value_type(column)]) for place, column in enumerate(columns)]  # type: ignore[misc]
+    lists: list[Any] = [list[value_type(column)] for column in columns]  # type: ignore[misc]
+    fields = [(f"column_{place}", found) for place, found in enumerate(lists)]
     names = {f"column_{place}": column.name for place, column in enumerate(columns)}
     given = msgspec.defstruct("Columns", fields, rename=names, forbid_unknown_fields=True, gc=False)
     return msgspec.defstruct("Request", [("columns", given)], forbid_unknown_fields=True, gc=False)
@@ -70,7 +71,7 @@ def shape_findings(names: Sequence[str], given: Mapping[str, Any]) -> list[Findi
 
 # %% ../../nbs/model/column_decoder.ipynb #d8c1f874
 def read_values(column: Column, read: Reader, values: Sequence[Any]) -> tuple[list[Any], list[Finding]]:
-    """The values of a column as `read`, its reader, gives them, None where null; and what is wrong with others."""
+    """The values of a column as its reader `read` gives them, and what is wrong with the others."""
     result: list[Any] = []
     findings: list[Finding] = []
     for row, value in enumerate(values):

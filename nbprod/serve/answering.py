@@ -147,7 +147,7 @@ class Answerer:
     def check_columns(self, given: Mapping[str, Any]) -> CheckedRows:
         """Columns of JSON values by name; raises `RequestError` or `ContractError`."""
         lengths = [len(values) for values in given.values() if isinstance(values, list)]
-        check_count(max(lengths, default=0), self.max_rows)
+        check_count(min(lengths, default=0), self.max_rows)  # where one is shorter, that is what is wrong
         return self.columns.check(given)
 
     def compute(self, rows: CheckedRows) -> Answer:

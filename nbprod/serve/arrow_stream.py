@@ -102,8 +102,8 @@ Batches = tuple["pa.Schema", list["pa.RecordBatch"]]
 def read_batches(body: bytes, most_rows: int, most_bytes: int) -> Batches:
     """The schema and the valid batches of an Arrow IPC stream.
 
-    Raises `RequestError` 413 for more rows than `most_rows` or, unpacked, bytes than `most_bytes`; 400 for what is no
-    stream, or not all of one.
+    Raises `RequestError` 413 for more rows than `most_rows` or, unpacked, bytes than `most_bytes`; 400 for
+    what is no stream, or not all of one.
     """
     import pyarrow as pa
 
@@ -154,7 +154,7 @@ def text_array(texts: Sequence[str]) -> pa.Array:
 
 
 def value_array(values: Sequence[Any]) -> pa.Array:
-    """Numbers, truth values, texts or lists of one length (n) as an Arrow array; what is mixed becomes text."""
+    """Numbers, truth values, texts or lists of one length (n) as an array; what is mixed becomes text."""
     import numpy as np
     import pyarrow as pa
 

@@ -129,7 +129,7 @@ def items(value: Any, key: str) -> list[Any]:
 
 # %% ../../nbs/serve/decoding.ipynb #da86d7b5
 def columns_of(value: Any) -> dict[str, Any] | None:
-    """The object under "columns", the only key of the JSON object `value`; None where there is no such key."""
+    """The object under "columns", the only key of the JSON object `value`; None where there is none."""
     if not isinstance(value, dict) or "columns" not in value:
         return None
     for name in value:

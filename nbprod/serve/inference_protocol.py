@@ -61,12 +61,14 @@ class Tensor(msgspec.Struct):
     shape: list[int]
     datatype: str
     data: list[Any]
+    parameters: dict[str, Any] | None = None
 
 
 class Output(msgspec.Struct):
     """An output that is asked for."""
 
     name: str
+    parameters: dict[str, Any] | None = None
 
 
 class InferRequest(msgspec.Struct):
@@ -75,6 +77,7 @@ class InferRequest(msgspec.Struct):
     inputs: list[Tensor]
     id: str | None = None
     outputs: list[Output] | None = None
+    parameters: dict[str, Any] | None = None
 
 
 def read_request(body: bytes) -> InferRequest:

@@ -36,7 +36,8 @@ __all__ = ['THREADS', 'BATCHED', 'Desk', 'JsonErrors', 'last_response', 'compute
 class Desk:
     """What the routes answer from: `answerer` once the service has started, `pages` by path.
 
-    A page is a reply, or makes one. `infer_paths` are those at which tensors are answered. `closing` is true from the moment that the process is told to end.
+    A page is a reply, or makes one. `infer_paths` are those at which tensors are answered. `closing` is true
+    from the moment that the process is told to end.
     """
 
     max_body: int
