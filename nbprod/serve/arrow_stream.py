@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from .answering import Answered, check_count
+from .arrow_arrays import arrow_array, values_type
 from .decoding import RequestError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 # %% auto #0
-__all__ = ['Batches', 'unpacked_size', 'text_size', 'family_is_text', 'read_batches', 'check_size', 'text_array', 'value_array',
-           'write_answer']
+__all__ = ['Batches', 'unpacked_size', 'text_size', 'family_is_text', 'read_batches', 'check_size', 'write_answer']
 
 # %% ../../nbs/serve/arrow_stream.ipynb #5d23f895
 def _number(data: bytes, form: str, place: int) -> int:
@@ -140,55 +139,19 @@ def check_size(size: int, most: int) -> None:
         message = f"The Arrow stream has {size} bytes when it is unpacked; the limit is {most}."
         raise RequestError(message, status=413, reason="size")
 
-# %% ../../nbs/serve/arrow_stream.ipynb #8e37ef9f
-def text_array(texts: Sequence[str]) -> pa.Array:
-    """Texts (n) as an Arrow array."""
-    import numpy as np
-    import pyarrow as pa
-
-    encoded = [text.encode() for text in texts]
-    offsets = np.zeros(len(encoded) + 1, dtype=np.int32)
-    np.cumsum([len(each) for each in encoded], out=offsets[1:])
-    parts = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
-    return pa.Array.from_buffers(pa.string(), len(encoded), parts)
-
-
-def value_array(values: Sequence[Any]) -> pa.Array:
-    """Numbers, truth values, texts or lists of one length (n) as an array; what is mixed becomes text."""
-    import numpy as np
-    import pyarrow as pa
-
-    kinds = {type(value) for value in values}
-    if kinds == {list}:
-        return _lists(values)
-    if kinds == {bool}:
-        packed = pa.py_buffer(np.packbits(np.array(values), bitorder="little"))
-        return pa.Array.from_buffers(pa.bool_(), len(values), [None, packed])
-    if kinds <= {int, float}:
-        kind = pa.int64() if kinds == {int} else pa.float64()
-        numbers = np.array(values, dtype=np.int64 if kinds == {int} else np.float64)
-        return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(numbers)])
-    return text_array([str(value) for value in values])
-
-
-def _lists(values: Sequence[Sequence[Any]]) -> pa.Array:
-    import numpy as np
-    import pyarrow as pa
-
-    inner = value_array([*chain.from_iterable(values)])
-    width = len(values[0])
-    offsets = pa.py_buffer(np.arange(0, len(values) * width + 1, width, dtype=np.int32))
-    return pa.Array.from_buffers(pa.list_(inner.type), len(values), [None, offsets], children=[inner])
-
 # %% ../../nbs/serve/arrow_stream.ipynb #eec74684
+def _array(values: Sequence[Any]) -> pa.Array:
+    return arrow_array(values, values_type(values))
+
+
 def write_answer(answered: Answered) -> bytes:
     """An answer as an Arrow IPC stream; its schema's metadata have the model's tag under `model`."""
     import pyarrow as pa
 
-    columns = {"prediction": value_array(answered.predictions)}
+    columns = {"prediction": _array(answered.predictions)}
     if answered.probabilities is not None:
-        columns["probability"] = value_array(answered.probabilities)
-    columns["id"] = text_array(answered.ids)
+        columns["probability"] = arrow_array(answered.probabilities, pa.list_(pa.float64()))
+    columns["id"] = arrow_array(answered.ids, pa.string())
     fields = [pa.field(name, array.type) for name, array in columns.items()]
     schema = pa.schema(fields, metadata={"model": answered.model})
     sink = pa.BufferOutputStream()

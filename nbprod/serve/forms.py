@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..model.rows import CheckedRows
 from .answering import Answered, Answerer, check_count
@@ -30,12 +30,13 @@ __all__ = ['ROWS', 'Form', 'form_of', 'check_json', 'infer_form']
 class Form:
     """How rows are read from what was asked, and how an answer is written.
 
-    `quick` says that a small body has few rows.
+    `quick` says that a small body has few rows; `name` stands for the form in metrics.
     """
 
     read: Callable[[Answerer, Asked], CheckedRows]
     write: Callable[[Answered], Reply]
     quick: bool = True
+    name: str = field(default="rows", kw_only=True)
 
 
 def _read_json(answerer: Answerer, asked: Asked) -> CheckedRows:
@@ -64,7 +65,8 @@ def form_of(asked: Asked) -> Form:
         return ROWS
     arrow = media_type(asked.kind) == ARROW
     wanted = ARROW in map(media_type, asked.accept.split(","))
-    return Form(_read_arrow if arrow else _read_json, _write_arrow if wanted else _write_json, not arrow)
+    write = _write_arrow if wanted else _write_json
+    return Form(_read_arrow, write, quick=False, name="arrow") if arrow else Form(_read_json, write)
 
 # %% ../../nbs/serve/forms.ipynb #8796b0fe
 def check_json(asked: Asked) -> None:
@@ -89,4 +91,4 @@ def infer_form() -> Form:
     def write(answered: Answered) -> Reply:
         return json_reply(infer_response(asked_for[0], answered))
 
-    return Form(read, write)
+    return Form(read, write, name="tensors")

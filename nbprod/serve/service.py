@@ -22,6 +22,8 @@ from ..model.store import Model
 from ..model.trust import Trust
 from .answering import Answerer
 from .append_log import check_writable
+from .bins import constant_metrics
+from .endpoints import bounded_service
 from .openapi import openapi_document
 from .inference_protocol import infer_paths, protocol_pages
 from .messages import Reply, json_reply
@@ -215,6 +217,7 @@ def create_service(
 
         def __init__(self) -> None:
             open_desk(desk, model, notebook, service)
+            self._constants = constant_metrics(model)
 
         @bentoml.api(input_spec=types["predict"], output_spec=types["predictions"])
         def predict(self, rows: Any) -> Any:
@@ -237,6 +240,9 @@ def create_service(
         def __is_ready__(self) -> bool:
             return is_ready(desk)
 
+        def __metrics__(self, text: str) -> str:
+            return text + self._constants
+
         @bentoml.on_deployment
         @staticmethod
         def prepare() -> None:
@@ -247,6 +253,8 @@ def create_service(
             close_desk(desk)
 
     ModelService.__doc__ = f"Predictions of the model {model.tag}."
-    service: Service[Any] = bentoml.service(name=model.name, **service_options(settings))(ModelService)
+    of_class = bounded_service("/model", "/notebook", "/docs.json")
+    options = service_options(settings)
+    service: Service[Any] = bentoml.service(name=model.name, service_class=of_class, **options)(ModelService)
     service.add_asgi_middleware(Routes, desk=desk)
     return service
