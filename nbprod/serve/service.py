@@ -253,7 +253,7 @@ def create_service(
             close_desk(desk)
 
     ModelService.__doc__ = f"Predictions of the model {model.tag}."
-    of_class = bounded_service("/model", "/notebook", "/docs.json")
+    of_class = bounded_service("/model", "/notebook", "/docs.json", *desk.infer_paths)
     options = service_options(settings)
     service: Service[Any] = bentoml.service(name=model.name, service_class=of_class, **options)(ModelService)
     service.add_asgi_middleware(Routes, desk=desk)
