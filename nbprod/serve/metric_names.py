@@ -32,7 +32,8 @@ _TABLE = (
         "nbprod_requests_total",
         "counter",
         ("model", "key", "format"),
-        "Requests answered with predictions, by name of the API key (empty without one) and format of the rows",
+        "Requests answered with predictions, by name of the API key (empty without one) and format of what was "
+        "sent: rows (JSON), arrow or tensors",
     ),
     MetricName(
         "nbprod_predictions_total",
