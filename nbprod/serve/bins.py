@@ -113,6 +113,7 @@ class _Constant:
         self._families = families
 
     def collect(self) -> list[Any]:
+        """All families."""
         return self._families
 
 # %% ../../nbs/serve/bins.ipynb #090f2550
