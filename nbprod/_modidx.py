@@ -1846,6 +1846,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'nbprod.model.schema._limits': ('model/schema.html#_limits', 'nbprod/model/schema.py'),
                                      'nbprod.model.schema.column_schema': ('model/schema.html#column_schema', 'nbprod/model/schema.py'),
                                      'nbprod.model.schema.json_schema': ('model/schema.html#json_schema', 'nbprod/model/schema.py'),
+                                     'nbprod.model.schema.moment_pattern': ('model/schema.html#moment_pattern', 'nbprod/model/schema.py'),
                                      'nbprod.model.schema.seen_in_training': ( 'model/schema.html#seen_in_training',
                                                                                'nbprod/model/schema.py')},
             'nbprod.model.scoring': { 'nbprod.model.scoring.Options': ('model/scoring.html#options', 'nbprod/model/scoring.py'),
