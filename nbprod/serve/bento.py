@@ -150,7 +150,7 @@ def post(url: str, value: Any, timeout: float = 60.0) -> Any:
 # %% ../../nbs/serve/bento.ipynb #cbb0d6bd
 def check_parity(model: Model, home: Path, settings: Settings) -> Parity:
     """Serve the Bento of `model` in `home` and compare its answers to the golden examples."""
-    aside = replace(settings, store=home / "store")
+    aside = replace(settings, store=home / "store", remote="")
     environ = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     with start_service(model.tag, home=home, settings=aside, environ=environ) as url:
         given = post(f"{url}/predict", {"rows": model.examples["rows"]})

@@ -28,7 +28,7 @@ from .openapi import openapi_document
 from .inference_protocol import infer_paths, protocol_pages
 from .messages import Reply, json_reply
 from .routes import BATCHED, Desk, Routes
-from ..settings import Settings, limits, load_settings
+from ..settings import Settings, limits, load_settings, log_settings
 
 if TYPE_CHECKING:
     from bentoml import Service
@@ -130,8 +130,7 @@ def prepare_deployment(name: str) -> None:
         check_writable(settings.predictions / name)
     except NbprodError as error:
         raise BentoMLException(str(error)) from error
-    os.environ["NBPROD_STORE"] = str(settings.store)
-    os.environ |= limits(settings)
+    os.environ |= log_settings(settings) | limits(settings)
 
 # %% ../../nbs/serve/service.ipynb #577cab1e
 def open_desk(desk: Desk, model: Model, notebook: Path | None, service: Service[Any]) -> None:
