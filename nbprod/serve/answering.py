@@ -138,6 +138,7 @@ class Answerer:
     def keep(self, rows: CheckedRows, answer: Answer, asked: Asked) -> Answered:
         """Give each answered row an id, log it and count it."""
         ids = new_ids(self.model.name, len(rows))
+        asked.rows = len(ids)
         seconds = time.perf_counter() - asked.start
         predictions, probabilities = answer.predictions, answer.probabilities
         self._log.append(

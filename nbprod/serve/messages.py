@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ContractError, NbprodError
+from .arrivals import Arrivals
 from .decoding import RequestError, check_headers
 
 logger = logging.getLogger("nbprod.serve")
@@ -108,6 +109,7 @@ class Asked:
     request: str | None = None
     key: str | None = None
     start: float = 0.0
+    rows: int | None = None
 
     def __post_init__(self) -> None:
         self.start = self.start or time.perf_counter()
@@ -117,13 +119,19 @@ JSON = b"application/json"
 LONGEST_ID = 128  # characters
 
 
-async def read_request(scope: Message, receive: Receive, limit: int) -> Asked:
-    """What is asked, with a body of at most `limit` bytes; raises `RequestError`."""
+async def read_request(
+    scope: Message, receive: Receive, limit: int, arrivals: Arrivals | None = None
+) -> Asked:
+    """What is asked, with a body of at most `limit` bytes that comes in the time that `arrivals` gives it.
+
+    Raises `RequestError`.
+    """
     start, headers = time.perf_counter(), dict(scope["headers"])
     kind = headers.get(b"content-type", JSON)
     if kind != JSON or b"content-encoding" in headers:
         check_headers(kind.decode("latin-1"), headers.get(b"content-encoding", b"").decode("latin-1"))
-    body = await read_body(receive, headers.get(b"content-length", b""), limit)
+    reading = read_body(receive, headers.get(b"content-length", b""), limit)
+    body = await (reading if arrivals is None else arrivals.within_time(reading))
     request = headers.get(b"x-request-id")
     return Asked(
         body,

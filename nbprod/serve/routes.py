@@ -13,8 +13,10 @@ from ..errors import ServeError
 from ..model.pipeline import Answer
 from ..model.rows import CheckedRows
 from .answering import Answered, Answerer
+from .arrivals import Arrivals
 from .decoding import RequestError, decode, items
 from .forms import Form, form_of
+from .keys import KeyRing
 from nbprod.serve.messages import (
     Application,
     Asked,
@@ -36,13 +38,17 @@ __all__ = ['THREADS', 'BATCHED', 'Desk', 'JsonErrors', 'last_response', 'compute
 class Desk:
     """What the routes answer from: `answerer` once the service has started, `pages` by path.
 
-    `closing` is true from the moment that the process is told to end.
+    `closing` is true from the moment that the process is told to end. `keys` are known once the service has
+    started; without any, `open` tells whether it answers other machines. Bodies come by way of `arrivals`.
     """
 
     max_body: int
     answerer: Answerer | None = None
     pages: dict[str, Reply] = field(default_factory=dict)
     closing: bool = False
+    keys: KeyRing | None = None
+    open: bool = False
+    arrivals: Arrivals = field(default_factory=lambda: Arrivals(seconds=10))
 
     def opened(self) -> Answerer:
         """The answerer; raises `RequestError` 503 while there is none."""
@@ -170,12 +176,15 @@ class Routes:
                 raise RequestError(message, status=405, reason="method")
             if path in self._desk.pages:
                 return self._desk.pages[path]
-            asked = await read_request(scope, receive, self._desk.max_body)
-            return await self._actions[path](scope, asked)
+            asked = await read_request(scope, receive, self._desk.max_body, self._desk.arrivals)
+            reply = await self._actions[path](scope, asked)
+            scope["nbprod.rows"] = asked.rows
+            return reply
         except Exception as error:
             self._desk.rejected(error)
-            only = {"allow": ", ".join(allowed)} if getattr(error, "status", None) == 405 else {}
-            return error_reply(error, only)
+            # What a slow client still sends, nobody waits for.
+            special = {405: {"allow": ", ".join(allowed)}, 408: {"connection": "close"}}
+            return error_reply(error, special.get(getattr(error, "status", 0)))
 
     async def _predict(self, scope: Message, asked: Asked) -> Reply:
         answerer, form = self._desk.opened(), form_of(asked)

@@ -18,11 +18,17 @@ from ..errors import NbprodError
 from ..model.contract import json_schema
 from ..model.store import Model
 from ..model.trust import Trust
+from .access_log import AccessLog, LineWriter, to_stdout
 from .answering import Answerer
 from .append_log import check_writable
+from .arrivals import Arrivals
+from .docs_page import docs_pages
+from .guard import Guard, announce
+from .keys import load_keys
 from .openapi import openapi_document
 from .messages import Reply, json_reply
 from .routes import BATCHED, Desk, Routes
+from .tracing import tracing_options
 from ..settings import Settings, limits, load_settings
 
 if TYPE_CHECKING:
@@ -103,6 +109,7 @@ def pages(model: Model, notebook: Path | None, document: Mapping[str, Any]) -> d
         "/model": json_reply(model_facts(model)),
         "/notebook": notebook_page(notebook),
         "/docs.json": json_reply(openapi_document(model, document)),
+        **docs_pages(model.tag),
     }
 
 # %% ../../nbs/serve/service.ipynb #4fe6db2f
@@ -112,6 +119,7 @@ def prepare_deployment(name: str) -> None:
 
     try:
         settings = load_settings(required=False)
+        load_keys(settings)
         check_writable(settings.predictions / name)
     except NbprodError as error:
         raise BentoMLException(str(error)) from error
@@ -122,7 +130,9 @@ def prepare_deployment(name: str) -> None:
 def open_desk(desk: Desk, model: Model, notebook: Path | None, service: Service[Any]) -> None:
     """Load the model and make the pages that `desk` answers from."""
     settings = load_settings(required=False)
-    desk.max_body = settings.max_body
+    desk.max_body, desk.arrivals = settings.max_body, Arrivals(settings.receive_timeout)
+    desk.keys, desk.open = load_keys(settings), settings.open
+    announce(desk)
     desk.pages.update(pages(model, notebook, service.openapi_spec.asdict()))
     desk.answerer = Answerer(model, settings)
     watch_signals(desk)
@@ -139,8 +149,8 @@ def close_desk(desk: Desk) -> None:
 
 # %% ../../nbs/serve/service.ipynb #62603174
 def is_ready(desk: Desk) -> bool:
-    """Whether the service has started and answers its golden examples as it should."""
-    return desk.answerer is not None and desk.answerer.parity.equal
+    """Whether the service has started, answers its golden examples as it should, and is not about to end."""
+    return desk.answerer is not None and desk.answerer.parity.equal and not desk.closing
 
 # %% ../../nbs/serve/service.ipynb #f7250674
 def _close_then(desk: Desk, handler: Callable[..., Any], *arguments: Any) -> None:
@@ -174,7 +184,7 @@ def service_options(settings: Settings) -> dict[str, Any]:
         "metrics": {"duration": {"buckets": DURATION_BUCKETS}},
         "traffic": {"timeout": settings.timeout, "max_concurrency": CONCURRENT},
         "logging": {"access": {"enabled": False}},
-        "tracing": {"excluded_urls": ".*"},
+        "tracing": tracing_options(),
     }
 
 # %% ../../nbs/serve/service.ipynb #57f7ae83
@@ -192,6 +202,7 @@ def create_service(
     trust = Trust(tuple(trusted), allow_pickle)
     model = Model(str(reference.tag), Path(reference.resolve().path), trust)
     types, desk, settings = api_types(model), Desk(max_body=0), load_settings(required=False)
+    lines = LineWriter(to_stdout)
 
     class ModelService:
         # An attribute of this type is how BentoML learns which model belongs into the image.
@@ -229,8 +240,12 @@ def create_service(
         @bentoml.on_shutdown
         def close(self) -> None:
             close_desk(desk)
+            lines.close()
 
     ModelService.__doc__ = f"Predictions of the model {model.tag}."
     service: Service[Any] = bentoml.service(name=model.name, **service_options(settings))(ModelService)
+    if settings.access_log is not None:
+        service.add_asgi_middleware(AccessLog, writer=lines, share=settings.access_log)
+    service.add_asgi_middleware(Guard, desk=desk)
     service.add_asgi_middleware(Routes, desk=desk)
     return service
