@@ -2577,6 +2577,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'nbprod.serve.bento._terminable': ('serve/bento.html#_terminable', 'nbprod/serve/bento.py'),
                                     'nbprod.serve.bento.bentofile': ('serve/bento.html#bentofile', 'nbprod/serve/bento.py'),
                                     'nbprod.serve.bento.build': ('serve/bento.html#build', 'nbprod/serve/bento.py'),
+                                    'nbprod.serve.bento.check_host': ('serve/bento.html#check_host', 'nbprod/serve/bento.py'),
                                     'nbprod.serve.bento.check_parity': ('serve/bento.html#check_parity', 'nbprod/serve/bento.py'),
                                     'nbprod.serve.bento.copy_source': ('serve/bento.html#copy_source', 'nbprod/serve/bento.py'),
                                     'nbprod.serve.bento.find_bento': ('serve/bento.html#find_bento', 'nbprod/serve/bento.py'),
