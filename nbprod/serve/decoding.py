@@ -71,7 +71,8 @@ def _places(value: Any) -> Iterator[Finding]:
     for index, row in rows:
         for column, number in row.items():
             if isinstance(number, NotFinite):
-                message = f"{number.text} is no number in JSON; send null for a missing value"
+                shown = shorten(number.text)[1:-1]
+                message = f"{shown} is no number in JSON; send null for a missing value"
                 yield {"row": index, "column": shorten(column)[1:-1], "message": message}
 
 # %% ../../nbs/serve/decoding.ipynb #bcfb2379
