@@ -52,8 +52,12 @@ class Served:
 
     def workers(self) -> list[psutil.Process]:
         """The processes that answer."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [each for each in children if "_bentoml_impl.worker.service" in each.cmdline()]
+        found = []
+        for each in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.Error):  # it has ended
+                if "_bentoml_impl.worker.service" in each.cmdline():
+                    found.append(each)
+        return found
 
 
 def connect(port: int, timeout: float = 30) -> socket.socket:

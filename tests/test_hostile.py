@@ -330,14 +330,15 @@ def test_more_connections_than_anybody_needs(service: Served) -> None:
     with ExitStack() as stack, neighbours(service):
         idle = [stack.enter_context(connect(service.port, 60)) for _ in range(1500)]
         for connection in idle[::5]:
-            connection.sendall(head("POST", "/predict", content_length=len(BODY), connection="close") + BODY)
+            connection.sendall(head("POST", "/predict", content_length=len(BODY), connection="close"))
+            connection.sendall(BODY)
         answers = [receive_all(connection) for connection in idle[::5]]
         assert {each for answer in answers for each in statuses(answer)} <= {200, 429}
         assert sum(statuses(answer) == [200] for answer in answers) > 200
 
 
 def test_its_log_tells_and_its_files_stay_few(service: Served) -> None:
-    """After all that: the refused requests are in the access log, in lines of JSON, and no file was left open."""
+    """After all that: the refused requests are in the access log, as JSON, and no file was left open."""
     lines = [line for line in service.printed().splitlines() if line.startswith("{")]
     values = [json.loads(line) for line in lines]
     assert {value["status"] for value in values if "status" in value} >= {400, 404, 408, 413}

