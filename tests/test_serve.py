@@ -711,7 +711,7 @@ def test_serve_in_the_foreground_ends_on_sigterm_and_logs_all(
 def test_a_request_in_flight_is_answered_when_the_service_stops(
     built: BuiltBento, own_store: Settings, rows: list[dict[str, Any]]
 ) -> None:
-    many = rows * 100
+    many = rows * 50
     answers: list[dict[str, Any]] = []
     with start_service(built.bento, settings=own_store) as url:
         ask(url, rows)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -117,8 +117,8 @@ class Answerer:
 
     @property
     def batches(self) -> bool:
-        """Whether rows of several requests are better computed together: those of models in Python."""
-        return self.model.predictor is None
+        """Whether rows of several requests are better computed together: where they become a table."""
+        return self.model.predictor is None or not self.model.predictor.takes_rows
 
     def rows(self, body: bytes) -> CheckedRows:
         """The JSON rows in the body of a request; raises `RequestError` or `ContractError`."""
@@ -147,9 +147,10 @@ class Answerer:
         self.metrics.rows(len(ids))
         return Answered(predictions, probabilities, ids, self.model.tag)
 
-    def predict(self, rows: Sequence[Any]) -> Answered:
+    def predict(self, rows: CheckedRows | Sequence[Mapping[str, Any]]) -> Answered:
         """Answer JSON rows: all of the above. Raises `ContractError`."""
-        asked, checked = Asked(), self.model.contract.reader.check(rows)
+        asked = Asked()
+        checked = rows if isinstance(rows, CheckedRows) else self.model.contract.reader.check(rows)
         return self.keep(checked, self.compute(checked), asked)
 
     def compute_held(self, places: Sequence[Sequence[int]]) -> list[tuple[Any, Any]]:

@@ -5,7 +5,6 @@
 # %% ../../nbs/serve/bento.ipynb #5fdb73e7
 from __future__ import annotations
 
-import ast
 import json
 import os
 import secrets
@@ -15,17 +14,16 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from importlib import metadata
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 from ..errors import ServeError, UsageError
 from ..files import write_atomic
-from ..model.library import library_files, unpack_library
+from ..model.library import unpack_library
 from ..model.store import Model, check_loadable
 from ..model.trust import Trust
 from ..release.ledger import resolve
@@ -43,47 +41,13 @@ from nbprod.serve.process import (
     start_service,
     stop,
 )
+from .requirements import requirements
 from ..settings import Settings, bentoml_home, load_settings
 
 # %% auto #0
-__all__ = ['SERVING_PACKAGES', 'PARITY_FILE', 'imported_modules', 'requirements', 'service_module', 'copy_source', 'bentofile',
-           'write_context', 'staging_home', 'run_bentoml_build', 'post', 'check_parity', 'require_parity', 'BuiltBento',
-           'find_bento', 'publish', 'build', 'check_host', 'serve']
-
-# %% ../../nbs/serve/bento.ipynb #3a49a401
-SERVING_PACKAGES = (
-    "numpy",
-    "onnxruntime",
-    "orjson",
-    "pandas",
-    "prometheus-client",
-    "pyarrow",
-    "pydantic",
-    "scikit-learn",
-    "scipy",
-    "skops",
-)
-
-# %% ../../nbs/serve/bento.ipynb #1dfac020
-def imported_modules(library: Path) -> set[str]:
-    """The top-level modules that the Python files in a wheel or folder import by name, anywhere in it."""
-    found: set[str] = set()
-    modules = {name: content for name, content in library_files(library).items() if name.endswith(".py")}
-    for name, content in modules.items():
-        for node in ast.walk(ast.parse(content, name)):
-            if isinstance(node, ast.Import):
-                found |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                found.add(node.module.split(".")[0])
-    return found
-
-# %% ../../nbs/serve/bento.ipynb #ad2e2090
-def requirements(library: Path | None, packages: Iterable[str] = ()) -> list[str]:
-    """Pinned requirements of a service: with those of the library in a wheel or folder, and of `packages`."""
-    modules = {*packages, *(imported_modules(library) if library is not None else ())}
-    owners = metadata.packages_distributions() if modules else {}
-    names = {*SERVING_PACKAGES, *(owner for module in modules for owner in owners.get(module, []))}
-    return sorted(f"{name}=={metadata.version(name)}" for name in names - {"nbprod", "bentoml"})
+__all__ = ['PARITY_FILE', 'service_module', 'copy_source', 'bentofile', 'write_context', 'staging_home', 'run_bentoml_build',
+           'post', 'check_parity', 'require_parity', 'BuiltBento', 'find_bento', 'publish', 'build', 'check_host',
+           'serve']
 
 # %% ../../nbs/serve/bento.ipynb #5b5082c8
 _SERVICE = '''"""The service of {tag}, made by nbprod. Run it with: bentoml serve {tag}"""
@@ -129,7 +93,7 @@ def bentofile(model: Model) -> dict[str, Any]:
         "name": model.name,
         "labels": {"model": model.tag} | ({"run": model.run} if model.run else {}),
         "python": {
-            "packages": requirements(model.library_path, model.facts.get("packages", ())),
+            "packages": requirements(model),
             "lock_packages": False,
         },
     }

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -39,9 +41,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("nbprod.serve")
 
 # %% auto #0
-__all__ = ['logger', 'SECURITY_POLICY', 'LEAVE_SECONDS', 'DURATION_BUCKETS', 'CONCURRENT', 'BATCH_MILLISECONDS', 'api_types',
-           'model_facts', 'notebook_page', 'pages', 'prepare_deployment', 'open_desk', 'close_desk', 'is_ready',
-           'watch_signals', 'service_options', 'create_service']
+__all__ = ['logger', 'SECURITY_POLICY', 'SWITCH_SECONDS', 'LEAVE_SECONDS', 'DURATION_BUCKETS', 'CONCURRENT', 'BATCH_MILLISECONDS',
+           'api_types', 'model_facts', 'notebook_page', 'pages', 'calm_interpreter', 'prepare_deployment', 'open_desk',
+           'close_desk', 'is_ready', 'watch_signals', 'service_options', 'create_service']
 
 # %% ../../nbs/serve/service.ipynb #33c765b5
 def api_types(model: Model) -> dict[str, type[BaseModel]]:
@@ -113,6 +115,16 @@ def pages(model: Model, notebook: Path | None, document: Mapping[str, Any]) -> d
         **docs_pages(model.tag),
     }
 
+# %% ../../nbs/serve/service.ipynb #0e5f1b02
+SWITCH_SECONDS = 0.0005
+
+
+def calm_interpreter() -> None:
+    """Let threads give way to one another soon, and leave what was loaded out of garbage collections."""
+    gc.collect()
+    gc.freeze()
+    sys.setswitchinterval(SWITCH_SECONDS)
+
 # %% ../../nbs/serve/service.ipynb #4fe6db2f
 def prepare_deployment(name: str) -> None:
     """Fix the settings for the workers to come; raises BentoML's exception, which its command line prints."""
@@ -137,6 +149,7 @@ def open_desk(desk: Desk, model: Model, notebook: Path | None, service: Service[
     desk.pages.update(pages(model, notebook, service.openapi_spec.asdict()))
     desk.answerer = Answerer(model, settings)
     watch_signals(desk)
+    calm_interpreter()
     parity = desk.answerer.parity
     if not parity.equal:
         logger.error("%s answers %s golden examples otherwise: %s", model, len(parity.wrong), parity)
