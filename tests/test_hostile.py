@@ -275,6 +275,15 @@ def test_headers(service: Served) -> None:
             assert statuses(exchange(service.port, data))[0] < 500
 
 
+def test_a_header_without_an_end(service: Served) -> None:
+    """Joining what came of it would keep a process busy for minutes; its connection is closed instead."""
+    with neighbours(service), connect(service.port, 60) as connection:
+        connection.sendall(b"GET /readyz HTTP/1.1\r\nhost: x\r\nx-long: ")
+        with pytest.raises(OSError, match=r"reset|pipe"):
+            for _ in range(1000):
+                connection.sendall(b"y" * MEGABYTE)
+
+
 def test_requests_that_end_too_early(service: Served) -> None:
     """300 clients that go away in the middle of a header or a body."""
     chance = random.Random(2)

@@ -78,7 +78,21 @@ class Guard:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Hand on one request, or refuse it."""
-        refused = None if scope["type"] == "lifespan" else self._judge(scope)
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        peer, server, connections = scope.get("client"), scope.get("server"), self._desk.connections
+        if peer is None or server is None:
+            await self._pass(scope, receive, send)
+            return
+        connections.begin(peer, server)
+        try:
+            await self._pass(scope, receive, send)
+        finally:
+            connections.end(peer)
+
+    async def _pass(self, scope: Message, receive: Receive, send: Send) -> None:
+        refused = self._judge(scope)
         if refused is None:
             await self._app(scope, receive, send)
         elif scope["type"] == "http":

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
+from traceback import clear_frames
 from typing import Any
 
 from ..errors import ContractError, NbprodError
@@ -19,7 +20,7 @@ logger = logging.getLogger("nbprod.serve")
 
 # %% auto #0
 __all__ = ['logger', 'Message', 'Receive', 'Send', 'Application', 'UNEXPECTED', 'JSON', 'LONGEST_ID', 'Reply', 'json_reply',
-           'status_of', 'error_reply', 'reason', 'read_body', 'Asked', 'read_request']
+           'status_of', 'error_reply', 'forget', 'reason', 'read_body', 'Asked', 'read_request']
 
 # %% ../../nbs/serve/messages.ipynb #9ee73980
 Message = MutableMapping[str, Any]
@@ -69,6 +70,15 @@ def error_reply(error: Exception, headers: Mapping[str, str] | None = None) -> R
         return json_reply({"error": UNEXPECTED, "detail": []}, status)
     detail = error.detail if isinstance(error, ContractError) else []
     return json_reply({"error": str(error), "detail": detail}, status, headers)
+
+# %% ../../nbs/serve/messages.ipynb #c75495b2
+def forget(error: BaseException | None) -> None:
+    """Let go of what the frames of a handled error and of its causes hold."""
+    while error is not None:
+        clear_frames(error.__traceback__)
+        cause = error.__cause__ or error.__context__
+        error.__traceback__ = error.__cause__ = error.__context__ = None
+        error = cause
 
 # %% ../../nbs/serve/messages.ipynb #18110157
 def reason(error: Exception) -> str:

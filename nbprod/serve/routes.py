@@ -14,6 +14,7 @@ from ..model.pipeline import Answer
 from ..model.rows import CheckedRows
 from .answering import Answered, Answerer
 from .arrivals import Arrivals
+from .connections import Connections
 from .decoding import RequestError, decode, items
 from .forms import Form, form_of
 from .keys import KeyRing
@@ -25,6 +26,7 @@ from nbprod.serve.messages import (
     Reply,
     Send,
     error_reply,
+    forget,
     json_reply,
     read_request,
     reason,
@@ -39,7 +41,8 @@ class Desk:
     """What the routes answer from: `answerer` once the service has started, `pages` by path.
 
     `closing` is true from the moment that the process is told to end. `keys` are known once the service has
-    started; without any, `open` tells whether it answers other machines. Bodies come by way of `arrivals`.
+    started; without any, `open` tells whether it answers other machines. Bodies come by `arrivals`, all
+    over `connections`.
     """
 
     max_body: int
@@ -49,6 +52,7 @@ class Desk:
     keys: KeyRing | None = None
     open: bool = False
     arrivals: Arrivals = field(default_factory=lambda: Arrivals(seconds=10))
+    connections: Connections = field(default_factory=Connections)
 
     def opened(self) -> Answerer:
         """The answerer; raises `RequestError` 503 while there is none."""
@@ -184,7 +188,9 @@ class Routes:
             self._desk.rejected(error)
             # What a slow client still sends, nobody waits for.
             special = {405: {"allow": ", ".join(allowed)}, 408: {"connection": "close"}}
-            return error_reply(error, special.get(getattr(error, "status", 0)))
+            reply = error_reply(error, special.get(getattr(error, "status", 0)))
+            forget(error)
+            return reply
 
     async def _predict(self, scope: Message, asked: Asked) -> Reply:
         answerer, form = self._desk.opened(), form_of(asked)

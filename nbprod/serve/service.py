@@ -145,6 +145,7 @@ def open_desk(desk: Desk, model: Model, notebook: Path | None, service: Service[
     settings = load_settings(required=False)
     desk.max_body, desk.arrivals = settings.max_body, Arrivals(settings.receive_timeout)
     desk.keys, desk.open = load_keys(settings), settings.open
+    desk.connections.watch()
     announce(desk)
     desk.pages.update(pages(model, notebook, service.openapi_spec.asdict()))
     desk.answerer = Answerer(model, settings)
@@ -157,6 +158,7 @@ def open_desk(desk: Desk, model: Model, notebook: Path | None, service: Service[
 # %% ../../nbs/serve/service.ipynb #78197d26
 def close_desk(desk: Desk) -> None:
     """Stop answering and write what waits in the logs."""
+    desk.connections.close()
     answerer, desk.answerer = desk.answerer, None
     if answerer is not None:
         answerer.close()
