@@ -20,10 +20,11 @@ import nbprod
 from nbprod.errors import CellError, NotFoundError, RunError
 from nbprod.experiment.runs import load_run
 from nbprod.model.artifact import log_model
+from nbprod.model.contract import plain_rows
 from nbprod.model.store import load
 from nbprod.monitor.page import page
 from nbprod.monitor.report import NOTEBOOK, Report, monitor
-from nbprod.serve.prediction_log import FeedbackLog, PredictionLog
+from nbprod.serve.prediction_log import Entry, FeedbackLog, PredictionLog
 from nbprod.settings import load_settings
 
 TEMPLATE = Path(nbprod.__file__).parent / "templates" / "flights" / NOTEBOOK
@@ -63,7 +64,8 @@ def log_rows(tag: str, flights: pd.DataFrame, outcomes: np.ndarray | None = None
     model, folder = load(tag), load_settings().predictions / "late"
     answer, ids = model.answer(flights), [f"{i:05}" for i in range(len(flights))]
     log, feedback = PredictionLog(folder, model.tag, model.contract), FeedbackLog(folder)
-    log.append(ids, flights, answer.predictions, answer.probabilities, 0.01)
+    values = model.contract.reader.values(plain_rows(model.contract, flights))
+    log.append(Entry(ids, values, answer.predictions, answer.probabilities, 0.01))
     if outcomes is not None:
         feedback.append(list(zip(ids, outcomes.tolist(), strict=True)))
     log.close()

@@ -12,15 +12,16 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
+from .observed import Observed, is_arrow
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
 # %% auto #0
-__all__ = ['QUANTILE_BINS', 'OTHER', 'MISSING', 'MAXIMUM_CATEGORIES', 'TIMES', 'NUMBERS', 'find_spikes', 'cut', 'edge_words',
-           'interval_labels', 'Histogram', 'numeric_histogram', 'categorical_histogram', 'histogram', 'Baseline',
-           'profile']
+__all__ = ['QUANTILE_BINS', 'OTHER', 'MISSING', 'MAXIMUM_CATEGORIES', 'TIMES', 'NUMBERS', 'MAXIMUM_CLASSES', 'find_spikes', 'cut',
+           'edge_words', 'interval_labels', 'Histogram', 'numeric_histogram', 'categorical_histogram', 'histogram',
+           'Baseline', 'profile']
 
 # %% ../../nbs/model/baseline.ipynb #e24c655d
 QUANTILE_BINS = 10
@@ -109,9 +110,16 @@ def interval_labels(edges: Sequence[float], spikes: Iterable[float] = (), time: 
     return [*labels, words[-1][1]]
 
 # %% ../../nbs/model/baseline.ipynb #64e0830b
+def _since_1970(moments: np.ndarray) -> np.ndarray:
+    """Moments (n,) of NumPy in UTC as seconds, counted to the microsecond; NaN where missing."""
+    import numpy as np
+
+    raw = moments.astype("datetime64[us]")
+    return np.where(np.isnat(raw), np.nan, raw.astype("int64") / 1e6)
+
+
 def _seconds(values: Any) -> np.ndarray:
     """Times as seconds since 1970 UTC; NaN where missing. Times without a zone count as UTC."""
-    import numpy as np
     import pandas as pd
 
     moments = values if isinstance(values, pd.Series) else pd.Series(values, dtype=object)
@@ -119,14 +127,23 @@ def _seconds(values: Any) -> np.ndarray:
         moments = pd.to_datetime(moments, utc=True, format="ISO8601")
     if moments.dt.tz is not None:
         moments = moments.dt.tz_convert("UTC").dt.tz_localize(None)
-    raw = moments.to_numpy(dtype="datetime64[us]")
-    return np.where(np.isnat(raw), np.nan, raw.astype("int64") / 1e6)
+    return _since_1970(moments.to_numpy(dtype="datetime64[us]"))
 
 # %% ../../nbs/model/baseline.ipynb #0e883a07
+def _observed_numbers(values: Observed, time: bool) -> np.ndarray:
+    import numpy as np
+
+    present = _since_1970(values.present) if time else values.present.astype(float)
+    missing = len(values) - len(present)
+    return np.concatenate([present, np.full(missing, np.nan)]) if missing else present
+
+
 def _numbers(values: Any, time: bool) -> np.ndarray:
     """`values` as floats; NaN where missing."""
     import numpy as np
 
+    if isinstance(values, Observed):
+        return _observed_numbers(values, time)
     if time:
         return _seconds(values)
     if hasattr(values, "to_numpy"):
@@ -134,14 +151,21 @@ def _numbers(values: Any, time: bool) -> np.ndarray:
     return np.asarray(values, dtype=float)
 
 # %% ../../nbs/model/baseline.ipynb #7bae9fb1
-def _texts(values: Any) -> Counter[str | None]:
-    """How often each category occurs; None counts what is missing."""
+def _different(values: Any) -> Iterable[tuple[Any, int]]:
+    """Each different value, None for what is missing, and how often it occurs."""
+    if isinstance(values, Observed):
+        return values.counts.items()
     import pandas as pd
 
-    plain = values.tolist() if hasattr(values, "tolist") else values
+    found = Counter(values.tolist() if hasattr(values, "tolist") else values)
+    return [(None if pd.isna(value) else value, count) for value, count in found.items()]
+
+
+def _texts(values: Any) -> Counter[str | None]:
+    """How often each category occurs; None counts what is missing."""
     counts: Counter[str | None] = Counter()
-    for value, count in Counter(plain).items():
-        counts[None if value is None or pd.isna(value) else str(value)] += count
+    for value, count in _different(values):
+        counts[None if value is None else str(value)] += count
     return counts
 
 # %% ../../nbs/model/baseline.ipynb #b4f9ca6b
@@ -165,8 +189,12 @@ class Histogram:
     time: bool = False
 
     def count(self, values: Any) -> np.ndarray:
-        """How many of `values` (1-d: column, array or list) fall into each bin; int64 (bins,)."""
-        return _count_numbers(self, values) if self.kind == "numeric" else _count_texts(self, values)
+        """How many of `values` (1-d) fall into each bin; int64 (bins,).
+
+        `values` is a column of pandas or Arrow, `Observed` or not, an array or a list.
+        """
+        given = Observed(values) if is_arrow(values) else values
+        return _count_numbers(self, given) if self.kind == "numeric" else _count_texts(self, given)
 
     @property
     def rows(self) -> int:
@@ -269,6 +297,7 @@ class Baseline:
 
         `predictions` is (rows,); `probabilities` (rows, classes), a column of lists, or None. Several outputs
         a row, (rows, outputs), count by their mean, or by the text of all of them where they are categories.
+        Columns of Arrow are taken as well.
         """
         return _prediction_values(predictions, probabilities, self.prediction.kind, self.classes)
 
@@ -305,6 +334,8 @@ def _single(predictions: Any, kind: str) -> Any:
 def _prediction_values(predictions: Any, probabilities: Any, kind: str, classes: list[Any] | None) -> Any:
     import numpy as np
 
+    if is_arrow(predictions):
+        return _logged_values(predictions, probabilities, kind, classes)
     if classes is None or kind == "categorical":
         return _single(predictions, kind)
     if len(predictions) == 0:
@@ -312,6 +343,19 @@ def _prediction_values(predictions: Any, probabilities: Any, kind: str, classes:
     return np.asarray(list(probabilities), dtype=float)[:, 1]
 
 # %% ../../nbs/model/baseline.ipynb #7baf5a7b
+def _logged_values(predictions: Any, probabilities: Any, kind: str, classes: list[Any] | None) -> Any:
+    import pyarrow as pa
+
+    if classes is not None and kind == "numeric":
+        return Observed(probabilities).flat.reshape(-1, len(classes))[:, 1]
+    if pa.types.is_list(predictions.type):
+        return _single(predictions.to_pylist(), kind)
+    return Observed(predictions)
+
+# %% ../../nbs/model/baseline.ipynb #dd8425ef
+MAXIMUM_CLASSES = 200
+
+
 def _prediction_histogram(predictions: Any, probabilities: Any, classes: list[Any] | None) -> Histogram:
     import numpy as np
 
@@ -319,6 +363,8 @@ def _prediction_histogram(predictions: Any, probabilities: Any, classes: list[An
         return categorical_histogram(_single(predictions, "categorical"))
     if classes is None:
         return numeric_histogram(_single(predictions, "numeric"))
+    if len(classes) > MAXIMUM_CLASSES:
+        return categorical_histogram(predictions)
     if len(classes) == 2 and probabilities is not None:
         edges = (np.arange(1, 20) / 20).tolist()
         return numeric_histogram(_prediction_values(predictions, probabilities, "numeric", classes), edges)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ContractError
 from .arrays import column_array, frame_of
 from .column import Column, dtype_name
+from .observed import Observed
 from .rejection import Finding, refuse, shorten
 from .tables import plain_value, read_column
 from .values import LIMITS, category_values, limit_words, limits, type_reader
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['NULL', 'broken_limits', 'Checked', 'fault_message', 'check_column', 'in_training_dtype', 'check_frame', 'split',
-           'unusual', 'unusual_words']
+           'Usual', 'unusual', 'unusual_words']
 
 # %% ../../nbs/model/validation.ipynb #fcc42e18
 def broken_limits(column: Column, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -183,30 +184,55 @@ def split(columns: Sequence[Column], frame: pd.DataFrame) -> tuple[pd.DataFrame,
     return _kept(checked, keep, pd.Index(np.flatnonzero(keep))), rejected
 
 # %% ../../nbs/model/validation.ipynb #beabcbf2
-def _unusual_values(column: Column, values: pd.Series) -> dict[str, int]:
-    """How many of a checked column's values are below or above the training range, or an unseen category."""
-    import pandas as pd
+@dataclass(frozen=True)
+class Usual:
+    """What training saw in a column: the range `low` to `high`, or `categories`; None where nothing is known.
 
-    present = values.dropna()
-    counts: dict[str, Any] = {}
-    if column.minimum is not None and column.maximum is not None:
-        low, high = column.minimum, column.maximum
-        if column.type == "datetime":
-            low, high = pd.Timestamp(low), pd.Timestamp(high)
-        elif column.type == "date":
-            low, high = map(type_reader(column), (low, high))
-        counts = {"below": (present < low).sum(), "above": (present > high).sum()}
-    if column.categories is not None and not column.closed:
-        counts["unseen"] = (~present.isin(column.categories)).sum()
-    return {kind: int(count) for kind, count in counts.items() if count}
+    Times are NumPy's, in UTC. Among the categories is None: what is missing is not unseen.
+    """
+
+    low: Any = None
+    high: Any = None
+    categories: frozenset[Any] | None = None
+
+    @classmethod
+    def of(cls, column: Column) -> Usual:
+        """What the contract says of `column`. What its author closed is no matter: others are rejected."""
+        open_ = column.categories is not None and not column.closed
+        categories = frozenset([*(column.categories or ()), None]) if open_ else None
+        if column.minimum is None or column.maximum is None:
+            return cls(categories=categories)
+        return cls(_native(column, column.minimum), _native(column, column.maximum), categories)
+
+    def unusual(self, values: Observed) -> dict[str, int]:
+        """How many of the values are below or above the range, or unseen among the categories."""
+        counts = {}
+        if self.low is not None and len(values.present):
+            below, above = values.present < self.low, values.present > self.high
+            counts = {"below": int(below.sum()), "above": int(above.sum())}
+        if self.categories is not None:
+            seen = self.categories
+            counts["unseen"] = sum(many for value, many in values.counts.items() if value not in seen)
+        return {kind: count for kind, count in counts.items() if count}
 
 
+def _native(column: Column, bound: Any) -> Any:
+    """A bound of a column's training values, times as NumPy has them."""
+    import numpy as np
+
+    if column.type not in ("date", "datetime"):
+        return bound
+    value = type_reader(column)(bound)
+    unit: Any = "D" if column.type == "date" else column.resolution
+    return np.datetime64(value, unit)
+
+# %% ../../nbs/model/validation.ipynb #9b7fd84b
 def unusual(columns: Sequence[Column], checked: pd.DataFrame) -> dict[str, dict[str, int]]:
     """How many values of a checked frame training had not seen, by column and kind: below, above, unseen.
 
     Only what occurs is listed. Where the author closed the categories, there are none: they are rejected.
     """
-    found = {column.name: _unusual_values(column, checked[column.name]) for column in columns}
+    found = {each.name: Usual.of(each).unusual(Observed(checked[each.name])) for each in columns}
     return {name: counts for name, counts in found.items() if counts}
 
 # %% ../../nbs/model/validation.ipynb #5193a941

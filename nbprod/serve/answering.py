@@ -135,7 +135,7 @@ class Answerer:
         """Predictions and probabilities, and nothing else."""
         return self.model.compute_rows(rows).answer()
 
-    def keep(self, rows: CheckedRows, answer: Answer, asked: Asked) -> Answered:
+    def keep(self, rows: CheckedRows, answer: Answer, asked: Asked, format: str = "rows") -> Answered:
         """Give each answered row an id, log it and count it."""
         ids = new_ids(self.model.name, len(rows))
         asked.rows = len(ids)
@@ -145,6 +145,7 @@ class Answerer:
             Entry(ids, rows.columns, predictions, probabilities, seconds, asked.request, asked.key)
         )
         self.metrics.rows(len(ids))
+        self.metrics.requests(asked.key, format)
         return Answered(predictions, probabilities, ids, self.model.tag)
 
     def predict(self, rows: CheckedRows | Sequence[Mapping[str, Any]]) -> Answered:

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,43 +167,41 @@ FLUSH_SECONDS = 0.1
 def _ignore(_: Any) -> None:
     """The listener of who doesn't listen."""
 
-# %% ../../nbs/serve/append_log.ipynb #d6550539
-def _written(streams: StreamFolder, table: Callable[[], pa.Table], rows: int) -> bool:
-    """Write the table of `rows` rows that `table` makes; False if that failed, which is logged."""
-    try:
-        streams.write(table())
-    except Exception:
-        # Anything may go wrong with a disk, and nobody but the writer's thread can tell.
-        logger.exception("%s rows could not be logged in %s", rows, streams.folder)
-        return False
-    return True
 
-# %% ../../nbs/serve/append_log.ipynb #89879c28
-def _tell(listener: Callable[[list[Any]], None], items: list[Any], folder: Path) -> None:
-    """Call `listener` with `items` that were logged in `folder`; an error is logged."""
+def _as_it_is(table: pa.Table) -> pa.Table:
+    """A table with nothing to conceal."""
+    return table
+
+# %% ../../nbs/serve/append_log.ipynb #d6550539
+def _try(step: Callable[[Any], Any], value: Any, what: str) -> tuple[bool, Any]:
+    """Whether `step` did `what` with `value`, and what it gave; an error is logged."""
     try:
-        listener(items)
+        return True, step(value)
     except Exception:
-        logger.exception("Counting what was logged in %s failed", folder)
+        logger.exception("%s failed", what)
+        return False, None
 
 # %% ../../nbs/serve/append_log.ipynb #9cff3b32
 class AppendLog:
     """A log that any thread appends to without waiting and one thread writes.
 
-    `to_table` turns a list of appended items into a `pyarrow.Table`; `listener` is called with the items
-    afterwards, `on_dropped` with the number of rows that were refused or could not be written.
+    `to_table` turns a list of appended items into a `pyarrow.Table`. It is written as `conceal` gives it; then
+    `listener` is called with the table as it was before. `on_dropped` is called with the number of rows that
+    were refused or could not be written.
     """
 
     def __init__(
         self,
         folder: Path,
         to_table: Callable[[list[Any]], pa.Table],
-        listener: Callable[[list[Any]], None] = _ignore,
+        listener: Callable[[pa.Table], None] = _ignore,
         on_dropped: Callable[[int], None] = _ignore,
+        conceal: Callable[[pa.Table], pa.Table] = _as_it_is,
         capacity: int = CAPACITY,
     ) -> None:
         self._streams, self._backlog = StreamFolder(folder), Backlog(capacity)
-        self._to_table, self._listener, self._on_dropped = to_table, listener, on_dropped
+        self._to_table, self._conceal = to_table, conceal
+        self._listener, self._on_dropped = listener, on_dropped
         self._thread = threading.Thread(target=self._run, name=f"nbprod-log-{folder.name}", daemon=True)
         self._thread.start()
 
@@ -225,8 +222,14 @@ class AppendLog:
             items, rows = self._backlog.take(FLUSH_SECONDS)
             if not items:
                 break
-            if not _written(self._streams, partial(self._to_table, items), rows):
-                self._on_dropped(rows)
-            _tell(self._listener, items, self._streams.folder)
+            where = f"{rows} rows in {self._streams.folder}"
+            made, table = _try(self._to_table, items, f"Making a table of {where}")
+            if not (made and _try(self._write, table, f"Logging {where}")[0]):
+                _try(self._on_dropped, rows, f"Counting {where}")
+            if made:
+                _try(self._listener, table, f"Counting {where}")
             self._backlog.done(rows)
         self._streams.close()
+
+    def _write(self, table: pa.Table) -> None:
+        self._streams.write(self._conceal(table))

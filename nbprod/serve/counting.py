@@ -5,109 +5,91 @@
 # %% ../../nbs/serve/counting.ipynb #59044726
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..model.baseline import Baseline
-from ..model.contract import Contract
+from ..model.observed import Observed
 from ..model.store import Model
-from .prediction_log import Entry, entry_frame
+from .bins import TableCounter
+from .metric_names import METRICS, OTHER_SERIES, Series, make_metric
 
 if TYPE_CHECKING:
-    import numpy as np
-    from prometheus_client import CollectorRegistry, Counter
+    import pyarrow as pa
+    from prometheus_client import CollectorRegistry
 
 # %% auto #0
-__all__ = ['LABELS', 'HELP', 'binned', 'ServiceMetrics']
-
-# %% ../../nbs/serve/counting.ipynb #9ccf90d0
-LABELS: dict[str, tuple[str, ...]] = {
-    "nbprod_rows": ("model",),
-    "nbprod_predictions": ("model", "bin"),
-    "nbprod_feature": ("model", "column", "bin"),
-    "nbprod_unusual_values": ("model", "column", "kind"),
-    "nbprod_feedback": ("model",),
-    "nbprod_rejected": ("model", "reason"),
-    "nbprod_log_dropped": ("model",),
-}
+__all__ = ['ServiceMetrics', 'forget_dead_workers']
 
 # %% ../../nbs/serve/counting.ipynb #078c3636
-HELP = {
-    "nbprod_rows": "Rows answered",
-    "nbprod_predictions": "Rows answered, by bin of the prediction in the training profile",
-    "nbprod_feature": "Rows answered, by bin of an input column in the training profile",
-    "nbprod_unusual_values": "Values that training did not see, by column: below, above, unseen",
-    "nbprod_feedback": "Outcomes accepted",
-    "nbprod_rejected": "Requests refused, by reason",
-    "nbprod_log_dropped": "Rows and outcomes that could not be logged",
-}
-
-# %% ../../nbs/serve/counting.ipynb #c6bc10f8
-def _counters(registry: CollectorRegistry) -> dict[str, Counter]:
-    """A Prometheus counter for each name; Prometheus appends `_total` to them."""
-    from prometheus_client import Counter
-
-    return {name: Counter(name, HELP[name], labels, registry=registry) for name, labels in LABELS.items()}
-
-# %% ../../nbs/serve/counting.ipynb #2b6c701e
-def _announce(model: Model, registry: CollectorRegistry) -> None:
-    """Set `nbprod_model_info`, which ties the tag to the run and the commit behind it."""
-    from prometheus_client import Gauge
-
-    labels = ("model", "run", "commit")
-    info = Gauge(
-        "nbprod_model_info", "The served version", labels, registry=registry, multiprocess_mode="max"
-    )
-    commit = (model.facts.get("lineage") or {}).get("commit")
-    info.labels(model.tag, model.run or "", commit or "").set(1)
-
-# %% ../../nbs/serve/counting.ipynb #f00a2cde
-def binned(
-    baseline: Baseline, contract: Contract, entries: Sequence[Entry]
-) -> Iterator[tuple[str, tuple[str, ...], np.ndarray]]:
-    """What to count for `entries`: a counter's name, its labels before the bin, and rows by bin."""
-    frame = entry_frame(entries, contract)
-    for column, histogram in baseline.features.items():
-        yield "nbprod_feature", (column,), histogram.count(frame[column])
-    for entry in entries:
-        values = baseline.prediction_values(entry.predictions, entry.probabilities)
-        yield "nbprod_predictions", (), baseline.prediction.count(values)
-
-# %% ../../nbs/serve/counting.ipynb #fd2ae54d
 class ServiceMetrics:
     """The counters of one served version. Methods may be called from any thread."""
 
     def __init__(self, model: Model, registry: CollectorRegistry | None = None) -> None:
         from prometheus_client import REGISTRY
 
-        registry = registry or REGISTRY
-        self._tag, self._baseline, self._contract = model.tag, model.baseline, model.contract
-        self._counters = _counters(registry)
-        _announce(model, registry)
-        for name in ("nbprod_rows", "nbprod_feedback", "nbprod_log_dropped"):
-            self._counters[name].labels(model.tag)
+        forget_dead_workers(os.environ.get("PROMETHEUS_MULTIPROC_DIR", ""))
+        made = {
+            name: make_metric(name, registry or REGISTRY)
+            for name, metric in METRICS.items()
+            if metric.kind != "constant"
+        }
+        names = ("rows_total", "feedback_total", "log_dropped_total", "log_rows_total", "log_delay_seconds")
+        counted = (made[f"nbprod_{name}"].labels(model.tag) for name in names)
+        self._rows, self._feedback, self._dropped, self._logged, self._delay = counted
+        rejected, requests = made["nbprod_rejected_total"], made["nbprod_requests_total"]
+        self._rejected = Series(lambda reason: rejected.labels(model.tag, reason), OTHER_SERIES)
+        self._requests = Series(lambda labels: requests.labels(model.tag, *labels), (OTHER_SERIES,) * 2)
+        binned = ("feature", "unusual_values", "predictions")
+        self._table = TableCounter(model, *(made[f"nbprod_{name}_total"] for name in binned))
 
     def rows(self, count: int) -> None:
         """`count` rows were answered."""
-        self._counters["nbprod_rows"].labels(self._tag).inc(count)
+        self._rows.inc(count)
+
+    def requests(self, key: str | None, format: str) -> None:
+        """A request was answered; `key` is the name of its API key, `format` that of its rows."""
+        self._requests[key or "", format].inc()
 
     def feedback(self, count: int) -> None:
         """`count` outcomes were accepted."""
-        self._counters["nbprod_feedback"].labels(self._tag).inc(count)
+        self._feedback.inc(count)
 
     def rejected(self, reason: str) -> None:
         """A request was refused; `reason` is one of a few words."""
-        self._counters["nbprod_rejected"].labels(self._tag, reason).inc()
+        self._rejected[reason].inc()
 
     def dropped(self, rows: int) -> None:
         """`rows` rows or outcomes could not be logged."""
-        self._counters["nbprod_log_dropped"].labels(self._tag).inc(rows)
+        self._dropped.inc(rows)
 
-    def bins(self, entries: Sequence[Entry]) -> None:
-        """Count logged rows into the bins of the training profile; meant for the log's own thread."""
-        for name, labels, counts in binned(self._baseline, self._contract, entries):
-            for index in counts.nonzero()[0]:
-                self._counters[name].labels(self._tag, *labels, str(index)).inc(int(counts[index]))
-        for column, kinds in self._contract.unusual(entry_frame(entries, self._contract)).items():
-            for kind, count in kinds.items():
-                self._counters["nbprod_unusual_values"].labels(self._tag, column, kind).inc(count)
+    def bins(self, table: pa.Table) -> None:
+        """Count what was logged into the bins of the training profile; meant for the log's own thread.
+
+        `table` is that of the log: its features by `logged_name`, prediction, probability and time.
+        """
+        if len(table):
+            first = Observed(table["time"]).present.min().astype("datetime64[us]").astype(int) / 1e6
+            self._delay.observe(max(0.0, time.time() - first))
+            self._table.add(table)
+            self._logged.inc(len(table))
+
+# %% ../../nbs/serve/counting.ipynb #eeda0c82
+def _lives(process: int) -> bool:
+    import psutil
+
+    try:
+        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def forget_dead_workers(folder: str) -> None:
+    """Remove what dead processes said in prometheus_client's `folder` of what is true only while they live."""
+    for path in Path(folder).glob("gauge_live*_*.db") if folder else ():
+        process = int(path.stem.rpartition("_")[2])
+        if not _lives(process):
+            from prometheus_client.multiprocess import mark_process_dead
+
+            mark_process_dead(process, folder)

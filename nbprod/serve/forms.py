@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..model.rows import CheckedRows
 from .answering import Answered, Answerer
@@ -18,10 +18,11 @@ __all__ = ['ROWS', 'Form', 'form_of']
 # %% ../../nbs/serve/forms.ipynb #5980c486
 @dataclass(frozen=True)
 class Form:
-    """How rows are read from what was asked, and how an answer is written."""
+    """How rows are read from what was asked, and how an answer is written; `name` stands for it in metrics."""
 
     read: Callable[[Answerer, Asked], CheckedRows]
     write: Callable[[Answered], Reply]
+    name: str = field(default="rows", kw_only=True)
 
 
 def _read_json(answerer: Answerer, asked: Asked) -> CheckedRows:

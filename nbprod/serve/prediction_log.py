@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import NotFoundError, did_you_mean
-from ..model.column import Column
 from ..model.contract import Contract
-from ..model.rows import CheckedRows
-from ..model.validation import in_training_dtype
-from ..model.values import category_values
 from .append_log import AppendLog, _ignore, read_stream, stream_files
+from nbprod.serve.log_table import (
+    OWN_COLUMNS,
+    Entry as Entry,
+    feature_frame,
+    logged_name as logged_name,
+    to_table as to_table,
+)
 from ..settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -26,97 +28,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 # %% auto #0
-__all__ = ['OWN_COLUMNS', 'logged_name', 'Entry', 'entry_frame', 'to_table', 'PredictionLog', 'FeedbackLog', 'predictions',
-           'feedback']
+__all__ = ['PredictionLog', 'FeedbackLog', 'predictions', 'feedback']
 
 # %% ../../nbs/serve/prediction_log.ipynb #0873ec14
-OWN_COLUMNS = ("time", "id", "model", "prediction", "probability", "seconds", "actual")
-
-
-def logged_name(column: str) -> str:
-    """The name in the log of a model's input column."""
-    return f"feature.{column}" if column in OWN_COLUMNS else column
-
-# %% ../../nbs/serve/prediction_log.ipynb #ceade8f1
-def _arrow_type(column: Column) -> pa.DataType:
-    import pyarrow as pa
-
-    if column.type == "datetime":
-        return pa.timestamp(column.resolution, tz="UTC" if column.zoned else None)
-    plain = category_values(column) if column.type == "category" else column
-    if plain.dtype.lower() == "uint64":
-        return pa.uint64()
-    kinds = {"int": pa.int64(), "float": pa.float64(), "bool": pa.bool_(), "date": pa.date32()}
-    return kinds.get(plain.type, pa.string())
-
-# %% ../../nbs/serve/prediction_log.ipynb #0f495fec
-def _arrow_column(column: Column, values: pd.Series) -> pa.Array:
-    """A column of a checked frame as an Arrow array; NaN and other nulls are null."""
-    import pyarrow as pa
-
-    plain = values.astype(object) if str(values.dtype) == "category" else values
-    if column.zoned:
-        plain = plain.dt.tz_convert(None)  # times in UTC, which the type below says
-    return pa.Array.from_pandas(plain).cast(_arrow_type(column), safe=False)
-
-# %% ../../nbs/serve/prediction_log.ipynb #4b883af8
-@dataclass(frozen=True)
-class Entry:
-    """One answered request of n rows: `columns` has the n values of each, `key` names the API key."""
-
-    ids: Sequence[str]
-    columns: Sequence[Sequence[Any]]
-    predictions: Sequence[Any]
-    probabilities: Sequence[Sequence[float]] | None
-    seconds: float
-    request: str | None = None
-    key: str | None = None
-    time: datetime = field(default_factory=lambda: datetime.now(UTC))
-
-    @property
-    def rows(self) -> int:
-        """How many rows were answered."""
-        return len(self.ids)
-
-# %% ../../nbs/serve/prediction_log.ipynb #fb82f377
-def entry_frame(entries: Sequence[Entry], contract: Contract) -> pd.DataFrame:
-    """The input rows of all `entries`, one below the other."""
-    columns = [
-        [value for each in parts for value in each]
-        for parts in zip(*(e.columns for e in entries), strict=True)
-    ]
-    return contract.frame(CheckedRows(columns, contract.reader))
-
-# %% ../../nbs/serve/prediction_log.ipynb #ff606314
-def _probabilities(entry: Entry) -> Sequence[Sequence[float] | None]:
-    """The probabilities of an entry's rows, None for each where the model gives none."""
-    return [None] * entry.rows if entry.probabilities is None else entry.probabilities
-
-
-def _repeat(entries: Sequence[Entry], value: Callable[[Entry], Any]) -> list[Any]:
-    """`value` of each entry, once a row."""
-    return [each for entry in entries for each in [value(entry)] * entry.rows]
-
-# %% ../../nbs/serve/prediction_log.ipynb #c60248df
-def to_table(entries: Sequence[Entry], model: str, contract: Contract) -> pa.Table:
-    """The log's table of `entries`, answered by the version `model`."""
-    import pyarrow as pa
-
-    predictions = [value for entry in entries for value in entry.predictions]
-    probabilities = [row for entry in entries for row in _probabilities(entry)]
-    columns = {
-        "time": pa.array(_repeat(entries, lambda entry: entry.time), pa.timestamp("us", tz="UTC")),
-        "id": pa.array([id for entry in entries for id in entry.ids]),
-        "model": pa.array([model] * len(predictions)),
-        "prediction": pa.array(predictions),
-        "probability": pa.array(probabilities, pa.list_(pa.float64())),
-        "seconds": pa.array(_repeat(entries, lambda entry: entry.seconds)),
-    }
-    frame = entry_frame(entries, contract)
-    features = {logged_name(each.name): _arrow_column(each, frame[each.name]) for each in contract.columns}
-    return pa.table(columns | features, metadata={"nbprod.contract": json.dumps(contract.as_dict())})
-
-# %% ../../nbs/serve/prediction_log.ipynb #f70f7d25
 class PredictionLog:
     """The rows that this process answers, appended below `folder`; `model` is the version's tag."""
 
@@ -125,7 +39,7 @@ class PredictionLog:
         folder: Path,
         model: str,
         contract: Contract,
-        listener: Callable[[list[Entry]], None] = _ignore,
+        listener: Callable[[pa.Table], None] = _ignore,
         on_dropped: Callable[[int], None] = _ignore,
     ) -> None:
         def table(entries: list[Entry]) -> pa.Table:
@@ -134,8 +48,8 @@ class PredictionLog:
         self._log = AppendLog(folder / "predictions", table, listener, on_dropped)
 
     def append(self, entry: Entry) -> bool:
-        """Log answered rows; returns at once. False: they were dropped, for want of room."""
-        return self._log.append(entry, len(entry.ids))
+        """Log one answered request; returns at once. False: its rows were dropped, for want of room."""
+        return self._log.append(entry, entry.rows)
 
     def close(self) -> None:
         """Write what is waiting and close the file."""
@@ -188,20 +102,9 @@ def _read(folder: Path, since: datetime | None) -> list[pa.Table]:
 # %% ../../nbs/serve/prediction_log.ipynb #95dcc19e
 def _to_frame(table: pa.Table) -> pd.DataFrame:
     """A table of the log as a frame, its features with the dtypes of training."""
-    import pandas as pd
-    import pyarrow as pa
-
     contract = Contract.from_dict(json.loads((table.schema.metadata or {})[b"nbprod.contract"]))
-    # pandas' own integers cannot be null; the contract says below which kind it shall be.
-    nullable = {pa.int64(): pd.Int64Dtype(), pa.uint64(): pd.UInt64Dtype(), pa.bool_(): pd.BooleanDtype()}
     own = table.select([name for name in table.column_names if name in OWN_COLUMNS]).to_pandas()
-    features = {
-        logged_name(column.name): in_training_dtype(
-            column, table[logged_name(column.name)].to_pandas(types_mapper=nullable.get)
-        )
-        for column in contract.columns
-    }
-    return own.assign(**features)
+    return own.join(feature_frame(table, contract))
 
 # %% ../../nbs/serve/prediction_log.ipynb #7c4652ee
 def _folder(name: str, settings: Settings | None) -> Path:

@@ -64,7 +64,7 @@ class Desk:
         """Answer POST /predict at once."""
         answerer = self.opened()
         rows = form.read(answerer, asked)
-        return form.write(answerer.keep(rows, answerer.compute(rows), asked))
+        return form.write(answerer.keep(rows, answerer.compute(rows), asked, form.name))
 
     def feedback(self, asked: Asked) -> Reply:
         """Answer POST /feedback."""
@@ -200,7 +200,7 @@ class Routes:
             return await self._in_thread(self._desk.predict, form, asked)
         rows = await self._in_thread(form.read, answerer, asked)
         answer = await compute_batched(self._app, scope, answerer, rows)
-        return await self._in_thread(lambda: form.write(answerer.keep(rows, answer, asked)))
+        return await self._in_thread(lambda: form.write(answerer.keep(rows, answer, asked, form.name)))
 
     async def _feedback(self, _scope: Message, asked: Asked) -> Reply:
         return await self._in_thread(self._desk.feedback, asked)

@@ -25,7 +25,9 @@ from .access_log import AccessLog, LineWriter, to_stdout
 from .answering import Answerer
 from .append_log import check_writable
 from .arrivals import Arrivals
+from .bins import constant_metrics
 from .docs_page import docs_pages
+from .endpoints import bounded_service
 from .guard import Guard, announce
 from .keys import load_keys
 from .openapi import openapi_document
@@ -237,6 +239,7 @@ def create_service(
 
         def __init__(self) -> None:
             open_desk(desk, model, notebook, service)
+            self._constants = constant_metrics(model)
 
         @bentoml.api(input_spec=types["predict"], output_spec=types["predictions"])
         def predict(self, rows: Any) -> Any:
@@ -259,6 +262,9 @@ def create_service(
         def __is_ready__(self) -> bool:
             return is_ready(desk)
 
+        def __metrics__(self, text: str) -> str:
+            return text + self._constants
+
         @bentoml.on_deployment
         @staticmethod
         def prepare() -> None:
@@ -270,7 +276,9 @@ def create_service(
             lines.close()
 
     ModelService.__doc__ = f"Predictions of the model {model.tag}."
-    service: Service[Any] = bentoml.service(name=model.name, **service_options(settings))(ModelService)
+    of_class = bounded_service("/model", "/notebook", "/docs.json", "/docs")
+    options = service_options(settings)
+    service: Service[Any] = bentoml.service(name=model.name, service_class=of_class, **options)(ModelService)
     if settings.access_log is not None:
         service.add_asgi_middleware(AccessLog, writer=lines, share=settings.access_log)
     service.add_asgi_middleware(Guard, desk=desk)
