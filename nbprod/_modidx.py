@@ -2684,6 +2684,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'nbprod/serve/connections.py'),
                                           'nbprod.serve.connections.Waiting.is_abused': ( 'serve/connections.html#waiting.is_abused',
                                                                                           'nbprod/serve/connections.py'),
+                                          'nbprod.serve.connections._abort': ( 'serve/connections.html#_abort',
+                                                                               'nbprod/serve/connections.py'),
                                           'nbprod.serve.connections.connections_to': ( 'serve/connections.html#connections_to',
                                                                                        'nbprod/serve/connections.py'),
                                           'nbprod.serve.connections.duplicates': ( 'serve/connections.html#duplicates',

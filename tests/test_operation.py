@@ -232,10 +232,10 @@ def test_traces_arrive_and_continue_the_callers(
         assert status(service.port, "/predict", "POST", BODY) == 200, (
             "its trace begins here, and is not sampled"
         )
-        assert status(service.port, "/nowhere", "POST", b"{}", **given) == 404
+        assert status(service.port, "/nowhere", "POST", b"{}", **given) == 404, "which is (other) in a trace"
         wait_for(lambda: len(servers(collector)) >= 2, "two spans", 30)
     found = {span_facts(span) for span in servers(collector)}
-    assert found == {("/predict", "200", trace, parent), ("/nowhere", "404", trace, parent)}
+    assert found == {("/predict", "200", trace, parent), ("(other)", "404", trace, parent)}
     collector.close()
 
 

@@ -5,6 +5,7 @@
 # %% ../../nbs/serve/connections.ipynb #eec3b9a2
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import struct
@@ -16,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger("nbprod.serve")
+
 # %% auto #0
-__all__ = ['Peer', 'HEADER_SECONDS', 'HEADER_BYTES', 'NEXT_SECONDS', 'NEXT_BYTES', 'LOOK_SECONDS', 'received', 'duplicates',
-           'connections_to', 'Waiting', 'Connections']
+__all__ = ['logger', 'Peer', 'HEADER_SECONDS', 'HEADER_BYTES', 'NEXT_SECONDS', 'NEXT_BYTES', 'LOOK_SECONDS', 'received',
+           'duplicates', 'connections_to', 'Waiting', 'Connections']
 
 # %% ../../nbs/serve/connections.ipynb #8c8904bb
 Peer = tuple[Any, ...]  # host, port, and more for IPv6
@@ -75,6 +78,13 @@ class Waiting:
         seconds, most = (NEXT_SECONDS, NEXT_BYTES) if self.served else (HEADER_SECONDS, HEADER_BYTES)
         return now - self.since > seconds or received - self.received > most
 
+# %% ../../nbs/serve/connections.ipynb #62f722d3
+def _abort(connection: socket.socket) -> None:
+    """Let the server find that the connection has ended."""
+    with suppress(OSError):  # it has
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.shutdown(socket.SHUT_RDWR)
+
 # %% ../../nbs/serve/connections.ipynb #c1e729af
 class Connections:
     """The connections to this process, closed where they are abused, from `watch` on until `close`."""
@@ -109,7 +119,10 @@ class Connections:
 
     def _run(self) -> None:
         while not self._stopped.wait(LOOK_SECONDS) and not self._proxied:
-            self.look(time.monotonic())
+            try:
+                self.look(time.monotonic())
+            except Exception:
+                logger.exception("The service's connections could not be looked at")
 
     def look(self, now: float) -> None:
         """Close the connections that are abused."""
@@ -123,8 +136,7 @@ class Connections:
                 waiting = Waiting(now, 0, False) if ended is None else Waiting(ended, count, True)
             self._waiting[peer] = waiting
             if waiting.is_abused(count, now):
-                with suppress(OSError):  # closed since
-                    connection.shutdown(socket.SHUT_RDWR)
+                _abort(connection)
         known = {peer[:2] for peer in self._waiting}
         for peer in [peer for peer, ended in [*self._ended.items()] if ended < now and peer not in known]:
             self._ended.pop(peer, None)
