@@ -2788,6 +2788,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'nbprod.serve.keys.KeyRing.name_of': ('serve/keys.html#keyring.name_of', 'nbprod/serve/keys.py'),
                                    'nbprod.serve.keys._warn_if_readable': ('serve/keys.html#_warn_if_readable', 'nbprod/serve/keys.py'),
                                    'nbprod.serve.keys.hashed': ('serve/keys.html#hashed', 'nbprod/serve/keys.py'),
+                                   'nbprod.serve.keys.key_headers': ('serve/keys.html#key_headers', 'nbprod/serve/keys.py'),
                                    'nbprod.serve.keys.keys_of': ('serve/keys.html#keys_of', 'nbprod/serve/keys.py'),
                                    'nbprod.serve.keys.load_keys': ('serve/keys.html#load_keys', 'nbprod/serve/keys.py'),
                                    'nbprod.serve.keys.parse_key': ('serve/keys.html#parse_key', 'nbprod/serve/keys.py'),

@@ -22,7 +22,8 @@ from ..settings import Settings
 logger = logging.getLogger("nbprod.serve")
 
 # %% auto #0
-__all__ = ['logger', 'SHORT', 'VARIABLE', 'Key', 'hashed', 'parse_key', 'keys_of', 'read_keys', 'KeyRing', 'load_keys']
+__all__ = ['logger', 'SHORT', 'VARIABLE', 'Key', 'hashed', 'parse_key', 'keys_of', 'read_keys', 'KeyRing', 'load_keys',
+           'key_headers']
 
 # %% ../../nbs/serve/keys.ipynb #c2ee0154
 @dataclass(frozen=True)
@@ -148,3 +149,9 @@ class KeyRing:
 def load_keys(settings: Settings, environ: Mapping[str, str] = os.environ) -> KeyRing:
     """The keys of `NBPROD_KEYS` and of the file in the setting `keys_file`; raises `SettingsError`."""
     return KeyRing(keys_of(environ.get(VARIABLE, "")), settings.keys_file)
+
+# %% ../../nbs/serve/keys.ipynb #3b1d6683
+def key_headers(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The headers of a request that bring the key in `NBPROD_KEY`; none without it."""
+    key = environ.get("NBPROD_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
