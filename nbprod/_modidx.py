@@ -2686,6 +2686,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'nbprod/serve/connections.py'),
                                           'nbprod.serve.connections._abort': ( 'serve/connections.html#_abort',
                                                                                'nbprod/serve/connections.py'),
+                                          'nbprod.serve.connections.allow_files': ( 'serve/connections.html#allow_files',
+                                                                                    'nbprod/serve/connections.py'),
                                           'nbprod.serve.connections.connections_to': ( 'serve/connections.html#connections_to',
                                                                                        'nbprod/serve/connections.py'),
                                           'nbprod.serve.connections.duplicates': ( 'serve/connections.html#duplicates',

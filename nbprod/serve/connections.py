@@ -20,8 +20,8 @@ from typing import Any
 logger = logging.getLogger("nbprod.serve")
 
 # %% auto #0
-__all__ = ['logger', 'Peer', 'HEADER_SECONDS', 'HEADER_BYTES', 'NEXT_SECONDS', 'NEXT_BYTES', 'LOOK_SECONDS', 'received',
-           'duplicates', 'connections_to', 'Waiting', 'Connections']
+__all__ = ['logger', 'Peer', 'HEADER_SECONDS', 'HEADER_BYTES', 'NEXT_SECONDS', 'NEXT_BYTES', 'LOOK_SECONDS', 'MOST_FILES',
+           'received', 'duplicates', 'connections_to', 'Waiting', 'Connections', 'allow_files']
 
 # %% ../../nbs/serve/connections.ipynb #8c8904bb
 Peer = tuple[Any, ...]  # host, port, and more for IPv6
@@ -142,3 +142,19 @@ class Connections:
             self._ended.pop(peer, None)
 
     _port: int | None
+
+# %% ../../nbs/serve/connections.ipynb #ef94ad86
+MOST_FILES = 65_536
+
+
+def allow_files() -> None:
+    """Let this process, and those that it starts, open as many files as the system allows, within reason."""
+    try:
+        import resource
+    except ImportError:  # a system without such limits
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -26,6 +26,7 @@ from .answering import Answerer
 from .append_log import check_writable
 from .arrivals import Arrivals
 from .bins import constant_metrics
+from .connections import allow_files
 from .docs_page import docs_pages
 from .endpoints import bounded_service
 from .guard import Guard, announce
@@ -138,6 +139,7 @@ def prepare_deployment(name: str) -> None:
         check_writable(settings.predictions / name)
     except NbprodError as error:
         raise BentoMLException(str(error)) from error
+    allow_files()
     os.environ["NBPROD_STORE"] = str(settings.store)
     os.environ |= limits(settings)
 
