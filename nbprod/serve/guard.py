@@ -67,7 +67,7 @@ _REPLIES = {
 }
 
 # %% ../../nbs/serve/guard.ipynb #a9a00626
-OPEN_PATHS = frozenset({"/livez", "/readyz", "/healthz"})
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready"})
 
 
 class Guard:
