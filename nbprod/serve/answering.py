@@ -160,6 +160,7 @@ class Answerer:
     def keep(self, rows: CheckedRows, answer: Answer, asked: Asked, format: str = "rows") -> Answered:
         """Give each answered row an id, log it and count it."""
         ids = new_ids(self.model.name, len(rows))
+        asked.rows = len(ids)
         seconds = time.perf_counter() - asked.start
         predictions, probabilities = answer.predictions, answer.probabilities
         self._log.append(
