@@ -57,6 +57,10 @@ DEFAULTS: dict[str, str] = {
     "timeout": "30",
     "retention": "90d",
     "local_store": ".nbprod",
+    "receive_timeout": "10",
+    "keys_file": "",
+    "open": "no",
+    "access_log": "off",
     "trusted": "",
 }
 
@@ -67,7 +71,9 @@ class Settings:
 
     `store` is where runs execute and are kept; `remote` the fsspec URL of the store that is shared with
     others, empty where there is none. `index` is the SQLAlchemy URL of the index, empty for a SQLite file.
-    `max_body` (bytes), `max_rows` and `timeout` (seconds) bound a request to a service.
+    `max_body` (bytes), `max_rows` and `timeout` (seconds) bound a request to a service, and
+    `receive_timeout` (seconds) the arrival of its body. `keys_file` has its API keys; `open` lets it answer
+    other machines without any. `access_log` is the share of requests that it logs, None for no log.
     `retention` is how long the logs of services are kept; None for ever.
     `executor` is `local` or the address of a Dask scheduler. `trusted` are the names of classes and functions
     that models may hold beside scikit-learn's and the library's.
@@ -80,6 +86,10 @@ class Settings:
     max_body: int
     max_rows: int = int(DEFAULTS["max_rows"])
     timeout: int = int(DEFAULTS["timeout"])
+    receive_timeout: int = int(DEFAULTS["receive_timeout"])
+    keys_file: Path | None = None
+    open: bool = False
+    access_log: float | None = None
     index: str = field(default="", repr=False)  # a password may be in it, and in the URL of the store
     remote: str = field(default="", repr=False)
     executor: str = LOCAL
@@ -151,6 +161,24 @@ def _index(root: Path, value: str, origin: str) -> str:
     return f"{dialect}:///{root / path}"
 
 
+def _switch(name: str, value: str, origin: str) -> bool:
+    """`value` as yes or no, in the words that an ini file has for them."""
+    known = ConfigParser.BOOLEAN_STATES
+    if value.lower() not in known:
+        raise SettingsError(f"{name} = {value!r} ({origin}) must be yes or no.")
+    return known[value.lower()]
+
+
+def _share(name: str, value: str, origin: str) -> float | None:
+    """`value` as a share from 0 to 1; `all` is 1, and `off` is None."""
+    words = {"off": None, "all": 1.0}
+    if value.lower() in words:
+        return words[value.lower()]
+    if not re.fullmatch(r"0|1|[01]?\.[0-9]+", value) or float(value) > 1:
+        raise SettingsError(f"{name} = {value!r} ({origin}) must be off, all, or a share such as 0.01.")
+    return float(value)
+
+
 def executor_address(value: str, origin: str) -> str:
     """`value`, if it is `local` or looks like the address of a Dask scheduler. `SettingsError` if not."""
     scheme, separator, host = value.partition("://")
@@ -204,6 +232,12 @@ def load_settings(
         max_body=_whole_number("max_body", values["max_body"], origins.get("max_body", "default")),
         max_rows=_whole_number("max_rows", values["max_rows"], origins.get("max_rows", "default")),
         timeout=_whole_number("timeout", values["timeout"], origins.get("timeout", "default")),
+        receive_timeout=_whole_number(
+            "receive_timeout", values["receive_timeout"], origins.get("receive_timeout", "default")
+        ),
+        keys_file=base / Path(values["keys_file"]).expanduser() if values["keys_file"] else None,
+        open=_switch("open", values["open"] or "no", origins.get("open", "default")),
+        access_log=_share("access_log", values["access_log"], origins.get("access_log", "default")),
         index=_index(base, values["index"], origins.get("index", "default")),
         executor=executor_address(values["executor"], origins.get("executor", "default")),
         trusted=tuple(values["trusted"].split()),
@@ -213,8 +247,12 @@ def load_settings(
 # %% ../nbs/settings.ipynb #0e5f0e02
 def limits(settings: Settings) -> dict[str, str]:
     """The bounds of a service's requests, as environment variables."""
-    bounds = ("max_body", "max_rows", "timeout")
-    return {f"NBPROD_{name.upper()}": str(getattr(settings, name)) for name in bounds}
+    bounds = ("max_body", "max_rows", "timeout", "receive_timeout", "open")
+    logged = "off" if settings.access_log is None else f"{settings.access_log:f}"
+    return {f"NBPROD_{name.upper()}": str(getattr(settings, name)) for name in bounds} | {
+        "NBPROD_KEYS_FILE": str(settings.keys_file or ""),
+        "NBPROD_ACCESS_LOG": logged,
+    }
 
 # %% ../nbs/settings.ipynb #987f7219
 def log_settings(settings: Settings) -> dict[str, str]:
