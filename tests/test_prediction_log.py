@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -150,12 +150,10 @@ def workers_of(url: str) -> list[psutil.Process]:
 
 def test_every_answered_row_is_logged_once_after_a_graceful_stop(model: Model, settings: Settings) -> None:
     bento = build(model.tag, settings=settings).bento
-    with start_service(bento, workers=2, settings=settings) as url:
+    with ExitStack() as clients, start_service(bento, workers=2, settings=settings) as url:
         assert len(workers_of(url)) == 2
-        load_of_it = load(url, model.examples["rows"], clients=6)
-        answered = load_of_it.__enter__()
+        answered = clients.enter_context(load(url, model.examples["rows"], clients=6))
         wait_for(lambda: len(answered) > 5000, "answers")
-    load_of_it.__exit__(None, None, None)
     found = Counter(predictions("delay", settings=settings)["id"])
     assert set(answered) <= set(found) and max(found.values()) == 1
     place = log_place("delay", "predictions", settings)
