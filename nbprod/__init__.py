@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nbprod.client import connect as connect
     from nbprod.experiment.differences import compare as compare
     from nbprod.experiment.execution import run as run
     from nbprod.experiment.recording import log_data as log_data, log_metrics as log_metrics
@@ -62,6 +63,7 @@ NAMES: dict[str, str] = {
     "containerize": "nbprod.serve.image",
     "predictions": "nbprod.serve.prediction_log",
     "feedback": "nbprod.serve.prediction_log",
+    "connect": "nbprod.client",
     "report": "nbprod.monitor.report",
     "Dashboard": "nbprod.widgets.dashboard",
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 # %% auto #0
 __all__ = ['NbprodError', 'UsageError', 'SettingsError', 'ParameterError', 'NotFoundError', 'did_you_mean', 'RunError',
            'SharingError', 'CellError', 'ClusterError', 'ModelError', 'ScoreError', 'ReleaseError', 'StoreError',
-           'ServeError', 'ContractError', 'UnusualValueWarning']
+           'ServeError', 'ServiceError', 'ContractError', 'UnusualValueWarning']
 
 # %% ../nbs/errors.ipynb #cdd59dc5
 class NbprodError(Exception):
@@ -95,6 +95,14 @@ class StoreError(NbprodError):
 
 class ServeError(NbprodError):
     """A Bento could not be built, an image not made, or a service not started."""
+
+
+class ServiceError(NbprodError):
+    """A service was asked and gave no answer. `status` is that of its response, if there was one."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class ContractError(NbprodError):

@@ -10,13 +10,14 @@ import re
 from collections.abc import Mapping
 from configparser import ConfigParser, Error as ConfigError
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 from .errors import SettingsError, did_you_mean
 
 # %% auto #0
-__all__ = ['LOCAL', 'DEFAULTS', 'read_ini', 'find_project', 'usable_cores', 'Settings', 'executor_address', 'load_settings',
-           'limits', 'bentoml_home']
+__all__ = ['LOCAL', 'DEFAULTS', 'SPANS', 'read_ini', 'find_project', 'usable_cores', 'Settings', 'executor_address',
+           'load_settings', 'limits', 'log_settings', 'bentoml_home']
 
 # %% ../nbs/settings.ipynb #b0528d2c
 def read_ini(path: Path) -> ConfigParser:
@@ -54,6 +55,8 @@ DEFAULTS: dict[str, str] = {
     "max_body": str(10 * 1024 * 1024),
     "max_rows": "10000",
     "timeout": "30",
+    "retention": "90d",
+    "local_store": ".nbprod",
     "receive_timeout": "10",
     "keys_file": "",
     "open": "no",
@@ -71,6 +74,7 @@ class Settings:
     `max_body` (bytes), `max_rows` and `timeout` (seconds) bound a request to a service, and
     `receive_timeout` (seconds) the arrival of its body. `keys_file` has its API keys; `open` lets it answer
     other machines without any. `access_log` is the share of requests that it logs, None for no log.
+    `retention` is how long the logs of services are kept; None for ever.
     `executor` is `local` or the address of a Dask scheduler. `trusted` are the names of classes and functions
     that models may hold beside scikit-learn's and the library's.
     """
@@ -90,6 +94,7 @@ class Settings:
     remote: str = field(default="", repr=False)
     executor: str = LOCAL
     trusted: tuple[str, ...] = ()
+    retention: timedelta | None = timedelta(days=90)
 
     @property
     def runs(self) -> Path:
@@ -114,9 +119,22 @@ def _whole_number(name: str, value: str, origin: str) -> int:
     return int(value)
 
 
-def _store(root: Path, value: str) -> Path:
-    """`value` as an absolute folder; for a URL the folder in the project where runs execute."""
-    folder = DEFAULTS["store"] if "://" in value else value
+SPANS = {"h": "hours", "d": "days", "w": "weeks"}
+
+
+def _retention(value: str, origin: str) -> timedelta | None:
+    """`value` such as 90d as a length of time; None for 0 and `never`."""
+    if value in ("0", "never"):
+        return None
+    found = re.fullmatch(r"(\d{1,5})([hdw])", value, re.ASCII)
+    if not found or int(found[1]) == 0:
+        raise SettingsError(f"retention = {value!r} ({origin}) must be like 12h, 90d or 52w, or never.")
+    return timedelta(**{SPANS[found[2]]: int(found[1])})
+
+
+def _store(root: Path, value: str, local: str = DEFAULTS["local_store"]) -> Path:
+    """`value` as an absolute folder; for a URL the folder `local` in the project, where runs execute."""
+    folder = local if "://" in value else value
     return (root / Path(folder).expanduser()).resolve()
 
 
@@ -208,7 +226,7 @@ def load_settings(
     return Settings(
         root=base,
         library=library,
-        store=_store(base, values["store"]),
+        store=_store(base, values["store"], values["local_store"]),
         remote=_remote(values["store"], origins.get("store", "default")),
         jobs=_whole_number("jobs", values["jobs"], origins.get("jobs", "default")),
         max_body=_whole_number("max_body", values["max_body"], origins.get("max_body", "default")),
@@ -223,6 +241,7 @@ def load_settings(
         index=_index(base, values["index"], origins.get("index", "default")),
         executor=executor_address(values["executor"], origins.get("executor", "default")),
         trusted=tuple(values["trusted"].split()),
+        retention=_retention(values["retention"], origins.get("retention", "default")),
     )
 
 # %% ../nbs/settings.ipynb #0e5f0e02
@@ -233,6 +252,16 @@ def limits(settings: Settings) -> dict[str, str]:
     return {f"NBPROD_{name.upper()}": str(getattr(settings, name)) for name in bounds} | {
         "NBPROD_KEYS_FILE": str(settings.keys_file or ""),
         "NBPROD_ACCESS_LOG": logged,
+    }
+
+# %% ../nbs/settings.ipynb #987f7219
+def log_settings(settings: Settings) -> dict[str, str]:
+    """What says where a service keeps its logs and for how long, as environment variables."""
+    kept = settings.retention
+    return {
+        "NBPROD_STORE": settings.remote or str(settings.store),
+        "NBPROD_LOCAL_STORE": str(settings.store),
+        "NBPROD_RETENTION": "never" if kept is None else f"{int(kept.total_seconds() // 3600)}h",
     }
 
 # %% ../nbs/settings.ipynb #a46cb912

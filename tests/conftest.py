@@ -6,9 +6,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -138,3 +139,12 @@ def chromium() -> str:
 def podman() -> str:
     """The path of podman with what it needs to build and run images."""
     return require_debian("podman skopeo runc netavark aardvark-dns iptables", "/usr/bin/podman")
+
+
+@pytest.fixture(scope="session")
+def late_flights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A service of real flights, `late_flights.Served`, which tests share."""
+    from late_flights import serve_late_flights
+
+    with serve_late_flights(tmp_path_factory.mktemp("late_flights")) as served:
+        yield served

@@ -40,7 +40,8 @@ def _int_reader(column: Column) -> Reader:
     span = "" if "64" in column.dtype else f" from {lowest} to {highest}"
 
     def read(value: Any) -> int:
-        whole = type(value) is int or (type(value) is float and value.is_integer())
+        # What is below 64 bits becomes this float when JSON is read, so that it could be any of many.
+        whole = type(value) is int or (type(value) is float and value.is_integer() and value != -(2.0**63))
         if whole and lowest <= value <= highest:
             return int(value)
         raise ValueError(f"must be a whole number{span}")

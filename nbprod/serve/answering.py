@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..model.arrow_decoder import ArrowDecoder
+from ..model.column_decoder import ColumnDecoder
 from ..model.examples import quiet
 from ..model.parity import compare
 from ..model.pipeline import Answer
@@ -19,10 +21,11 @@ from ..model.rows import CheckedRows, RowReader
 from ..model.store import Model
 from .append_log import check_writable
 from .counting import ServiceMetrics
-from .decoding import RequestError, decode, items, outcomes
+from .decoding import RequestError, columns_of, decode, items, outcomes
 from .ids import is_issued, new_ids
 from .messages import Asked
 from .prediction_log import Entry, FeedbackLog, PredictionLog
+from .upkeep import Upkeep
 from ..settings import Settings
 
 if TYPE_CHECKING:
@@ -104,12 +107,19 @@ class Answerer:
         check_writable(folder)
         self.model, self.metrics = model, ServiceMetrics(model, registry)
         self.held_rows = HeldRows()
-        self._max_rows, self._quick_bytes = settings.max_rows, quick_bytes(model)
+        self.columns, self.arrow = ColumnDecoder(model.contract.reader), ArrowDecoder(model.contract.reader)
+        self.max_rows, self.max_body, self._quick_bytes = (
+            settings.max_rows,
+            settings.max_body,
+            quick_bytes(model),
+        )
         with quiet():
             given = self.compute(model.contract.reader.check(model.examples["rows"]))
         self.parity = compare(model.examples, asdict(given), model.tolerance)
-        self._log = PredictionLog(folder, model.tag, model.contract, self.metrics.bins, self.metrics.dropped)
-        self._feedback_log = FeedbackLog(folder, self.metrics.dropped)
+        self._upkeep = Upkeep(model.name, settings)
+        hear = (self.metrics.bins, self.metrics.dropped, self._upkeep.wake)
+        self._log = PredictionLog(folder, model.tag, model.contract, *hear)
+        self._feedback_log = FeedbackLog(folder, self.metrics.dropped, self._upkeep.wake)
 
     def is_quick(self, size: int) -> bool:
         """Whether a request of `size` bytes is answered within a few milliseconds."""
@@ -121,15 +131,27 @@ class Answerer:
         return self.model.predictor is None or not self.model.predictor.takes_rows
 
     def rows(self, body: bytes) -> CheckedRows:
-        """The JSON rows in the body of a request; raises `RequestError` or `ContractError`."""
+        """The JSON rows or columns in the body of a request; raises `RequestError` or `ContractError`."""
         contract = self.model.contract
         rows = contract.decoder.rows(body)
         if rows is None:
-            given = items(decode(body), "rows")
-            check_count(len(given), self._max_rows)
+            rows = self.columns.columns(body)
+        if rows is None:
+            given = decode(body)
+            columns = columns_of(given)
+            if columns is not None:
+                return self.check_columns(columns)
+            given = items(given, "rows")
+            check_count(len(given), self.max_rows)
             return contract.reader.check(given)
-        check_count(len(rows), self._max_rows)
+        check_count(len(rows), self.max_rows)
         return rows
+
+    def check_columns(self, given: Mapping[str, Any]) -> CheckedRows:
+        """Columns of JSON values by name; raises `RequestError` or `ContractError`."""
+        lengths = [len(values) for values in given.values() if isinstance(values, list)]
+        check_count(min(lengths, default=0), self.max_rows)  # where one is shorter, that is what is wrong
+        return self.columns.check(given)
 
     def compute(self, rows: CheckedRows) -> Answer:
         """Predictions and probabilities, and nothing else."""
@@ -174,6 +196,7 @@ class Answerer:
         return {"accepted": len(known), "unknown": unknown}
 
     def close(self) -> None:
-        """Write what is waiting in the logs."""
+        """Write what is waiting in the logs, and move it where it is kept."""
         self._log.close()
         self._feedback_log.close()
+        self._upkeep.close()

@@ -153,7 +153,7 @@ def post(url: str, value: Any, timeout: float = 60.0, key: str = "") -> Any:
 # %% ../../nbs/serve/bento.ipynb #cbb0d6bd
 def check_parity(model: Model, home: Path, settings: Settings) -> Parity:
     """Serve the Bento of `model` in `home` and compare its answers to the golden examples."""
-    aside, key = replace(settings, store=home / "store", keys_file=None), secrets.token_urlsafe()
+    aside, key = replace(settings, store=home / "store", remote="", keys_file=None), secrets.token_urlsafe()
     environ = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", VARIABLE: f"check:{key}"}
     with start_service(model.tag, home=home, settings=aside, environ=environ) as url:
         given = post(f"{url}/predict", {"rows": model.examples["rows"]}, key=key)

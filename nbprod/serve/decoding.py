@@ -15,7 +15,8 @@ from ..errors import ContractError, UsageError, did_you_mean
 from ..model.contract import Finding, refuse, shorten
 
 # %% auto #0
-__all__ = ['RequestError', 'check_headers', 'NotFinite', 'decode', 'items', 'outcomes']
+__all__ = ['ARROW', 'GZIP', 'RequestError', 'media_type', 'check_headers', 'NotFinite', 'decode', 'items', 'columns_of',
+           'outcomes']
 
 # %% ../../nbs/serve/decoding.ipynb #ad05d53b
 class RequestError(UsageError):
@@ -26,18 +27,27 @@ class RequestError(UsageError):
         self.status, self.reason = status, reason
 
 # %% ../../nbs/serve/decoding.ipynb #5dd2800e
+ARROW = "application/vnd.apache.arrow.stream"
+GZIP = ("gzip", "x-gzip")
+
+
+def media_type(header: str) -> str:
+    """A media type without its parameters."""
+    return header.split(";")[0].strip().lower()
+
+
 def check_headers(content_type: str, content_encoding: str) -> None:
-    """Refuse with 415 what is not JSON, or is compressed. Without a type, JSON is assumed."""
-    kind = content_type.split(";")[0].strip().lower()
-    if kind not in ("", "application/json"):
+    """Refuse with 415 what is neither JSON nor Arrow, or is packed by other than gzip. No type means JSON."""
+    kind = media_type(content_type)
+    if kind not in ("", "application/json", ARROW):
         raise RequestError(
             f"The body's type is {shorten(kind)}; send JSON with the header Content-Type: application/json.",
             status=415,
             reason="type",
         )
-    if content_encoding.strip().lower() not in ("", "identity"):
+    if content_encoding.strip().lower() not in ("", "identity", *GZIP):
         raise RequestError(
-            f"The body is encoded as {shorten(content_encoding)}; send it without Content-Encoding.",
+            f"The body is encoded as {shorten(content_encoding)}; send it as it is, or packed by gzip.",
             status=415,
             reason="type",
         )
@@ -66,14 +76,24 @@ def _lenient(body: bytes) -> Any:
 # %% ../../nbs/serve/decoding.ipynb #ebfb2516
 def _places(value: Any) -> Iterator[Finding]:
     """Where the objects in the lists of `value` hold numbers that are not finite."""
-    lists = [each for each in value.values() if isinstance(each, list)] if isinstance(value, dict) else []
-    rows = ((index, row) for each in lists for index, row in enumerate(each) if isinstance(row, dict))
-    for index, row in rows:
-        for column, number in row.items():
+    for each in value.values() if isinstance(value, dict) else ():
+        for index, column, number in _cells(each):
             if isinstance(number, NotFinite):
                 shown = shorten(number.text)[1:-1]
                 message = f"{shown} is no number in JSON; send null for a missing value"
                 yield {"row": index, "column": shorten(column)[1:-1], "message": message}
+
+
+def _cells(table: Any) -> Iterator[tuple[int, str, Any]]:
+    """Row, column and value of all that is in a table by rows or by columns."""
+    if isinstance(table, list):
+        for index, row in enumerate(table):
+            if isinstance(row, dict):
+                yield from ((index, column, value) for column, value in row.items())
+    elif isinstance(table, dict):
+        for column, values in table.items():
+            if isinstance(values, list):
+                yield from ((index, column, value) for index, value in enumerate(values))
 
 # %% ../../nbs/serve/decoding.ipynb #bcfb2379
 def decode(body: bytes) -> Any:
@@ -106,6 +126,21 @@ def items(value: Any, key: str) -> list[Any]:
         raise RequestError(
             f'The body must have a list of at least one element under "{key}".', reason="shape"
         )
+    return found
+
+# %% ../../nbs/serve/decoding.ipynb #da86d7b5
+def columns_of(value: Any) -> dict[str, Any] | None:
+    """The object under "columns", the only key of the JSON object `value`; None where there is none."""
+    if not isinstance(value, dict) or "columns" not in value:
+        return None
+    for name in value:
+        if name != "columns":
+            message = f"The body has columns, and also {shorten(name)}; send either rows or columns."
+            raise RequestError(message, reason="shape")
+    found = value["columns"]
+    if not isinstance(found, dict):
+        message = f'Under "columns" must be an object with a list for each column, got {shorten(found)}.'
+        raise RequestError(message, reason="shape")
     return found
 
 # %% ../../nbs/serve/decoding.ipynb #ab14da1e

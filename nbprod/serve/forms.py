@@ -9,19 +9,33 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..model.rows import CheckedRows
-from .answering import Answered, Answerer
-from .messages import Asked, Reply, json_reply
+from .answering import Answered, Answerer, check_count
+from .arrow_stream import read_batches, write_answer
+from .decoding import ARROW, RequestError, media_type
+from nbprod.serve.inference_protocol import (
+    InferRequest,
+    check_outputs,
+    infer_response,
+    output_names,
+    read_columns,
+    read_request,
+)
+from .messages import LONGEST_ID, Asked, Reply, json_reply
 
 # %% auto #0
-__all__ = ['ROWS', 'Form', 'form_of']
+__all__ = ['ROWS', 'Form', 'form_of', 'check_json', 'infer_form']
 
 # %% ../../nbs/serve/forms.ipynb #5980c486
 @dataclass(frozen=True)
 class Form:
-    """How rows are read from what was asked, and how an answer is written; `name` stands for it in metrics."""
+    """How rows are read from what was asked, and how an answer is written.
+
+    `quick` says that a small body has few rows; `name` stands for the form in metrics.
+    """
 
     read: Callable[[Answerer, Asked], CheckedRows]
     write: Callable[[Answered], Reply]
+    quick: bool = True
     name: str = field(default="rows", kw_only=True)
 
 
@@ -36,6 +50,45 @@ def _write_json(answered: Answered) -> Reply:
 ROWS = Form(_read_json, _write_json)
 
 # %% ../../nbs/serve/forms.ipynb #af538520
-def form_of(_asked: Asked) -> Form:
+def _read_arrow(answerer: Answerer, asked: Asked) -> CheckedRows:
+    schema, batches = read_batches(asked.body, answerer.max_rows, answerer.max_body)
+    return answerer.arrow.check(schema, batches)
+
+
+def _write_arrow(answered: Answered) -> Reply:
+    return Reply(200, write_answer(answered), {"content-type": ARROW})
+
+# %% ../../nbs/serve/forms.ipynb #51f40135
+def form_of(asked: Asked) -> Form:
     """The form in which a request's rows are, and its answer shall be."""
-    return ROWS
+    if asked.kind == "application/json" and ARROW not in asked.accept:
+        return ROWS
+    arrow = media_type(asked.kind) == ARROW
+    wanted = ARROW in map(media_type, asked.accept.split(","))
+    write = _write_arrow if wanted else _write_json
+    return Form(_read_arrow, write, quick=False, name="arrow") if arrow else Form(_read_json, write)
+
+# %% ../../nbs/serve/forms.ipynb #8796b0fe
+def check_json(asked: Asked) -> None:
+    """Raise `RequestError` 415 for a body in Arrow."""
+    if media_type(asked.kind) == ARROW:
+        raise RequestError("Only rows may be sent as an Arrow stream; send JSON.", status=415, reason="type")
+
+# %% ../../nbs/serve/forms.ipynb #09689e23
+def infer_form() -> Form:
+    """The form of one request of the Open Inference Protocol."""
+    asked_for: list[InferRequest] = []
+
+    def read(answerer: Answerer, asked: Asked) -> CheckedRows:
+        request = read_request(asked.body)
+        check_outputs(request, output_names(answerer.model))
+        check_count(max((len(tensor.data) for tensor in request.inputs), default=0), answerer.max_rows)
+        if asked.request is None and request.id:
+            asked.request = request.id[:LONGEST_ID]
+        asked_for.append(request)
+        return answerer.columns.check(read_columns(answerer.model.contract.columns, request))
+
+    def write(answered: Answered) -> Reply:
+        return json_reply(infer_response(asked_for[0], answered))
+
+    return Form(read, write, name="tensors")

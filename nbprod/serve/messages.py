@@ -14,13 +14,14 @@ from typing import Any
 
 from ..errors import ContractError, NbprodError
 from .arrivals import Arrivals
-from .decoding import RequestError, check_headers
+from .compression import gunzip
+from .decoding import GZIP, RequestError, check_headers
 
 logger = logging.getLogger("nbprod.serve")
 
 # %% auto #0
-__all__ = ['logger', 'Message', 'Receive', 'Send', 'Application', 'UNEXPECTED', 'JSON', 'LONGEST_ID', 'Reply', 'json_reply',
-           'status_of', 'error_reply', 'forget', 'reason', 'read_body', 'Asked', 'read_request']
+__all__ = ['logger', 'Message', 'Receive', 'Send', 'Application', 'UNEXPECTED', 'QUICK_PACKED', 'JSON', 'LONGEST_ID', 'Reply',
+           'json_reply', 'status_of', 'error_reply', 'forget', 'reason', 'read_body', 'unpack', 'Asked', 'read_request']
 
 # %% ../../nbs/serve/messages.ipynb #9ee73980
 Message = MutableMapping[str, Any]
@@ -108,6 +109,18 @@ async def read_body(receive: Receive, announced: bytes, limit: int) -> bytes:
         more = message.get("more_body", False)
     return b"".join(chunks)
 
+# %% ../../nbs/serve/messages.ipynb #3dfef43b
+QUICK_PACKED = 500  # bytes, which unpack to half a megabyte at most
+
+
+async def unpack(body: bytes, limit: int) -> bytes:
+    """A body that gzip packed, of at most `limit` bytes; raises `RequestError`."""
+    import anyio
+
+    if len(body) <= QUICK_PACKED:
+        return gunzip(body, limit)
+    return await anyio.to_thread.run_sync(gunzip, body, limit)
+
 # %% ../../nbs/serve/messages.ipynb #0e5f0a05
 @dataclass(slots=True)
 class Asked:
@@ -137,11 +150,13 @@ async def read_request(
     Raises `RequestError`.
     """
     start, headers = time.perf_counter(), dict(scope["headers"])
-    kind = headers.get(b"content-type", JSON)
-    if kind != JSON or b"content-encoding" in headers:
-        check_headers(kind.decode("latin-1"), headers.get(b"content-encoding", b"").decode("latin-1"))
+    kind, encoding = headers.get(b"content-type", JSON), headers.get(b"content-encoding", b"")
+    if kind != JSON or encoding:
+        check_headers(kind.decode("latin-1"), encoding.decode("latin-1"))
     reading = read_body(receive, headers.get(b"content-length", b""), limit)
     body = await (reading if arrivals is None else arrivals.within_time(reading))
+    if encoding and encoding.strip().lower().decode("latin-1") in GZIP:
+        body = await unpack(body, limit)
     request = headers.get(b"x-request-id")
     return Asked(
         body,

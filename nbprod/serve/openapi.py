@@ -5,106 +5,98 @@
 # %% ../../nbs/serve/openapi.ipynb #78c808b5
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
 from ..model.contract import json_schema
+from ..model.schema import column_schema
 from ..model.store import Model
+from .decoding import ARROW
 from .ids import example_id
+from nbprod.serve.openapi_parts import (
+    BODY_ERRORS,
+    COUNT,
+    ERRORS,
+    TEXT,
+    error_schemas,
+    json_content,
+    list_of,
+    object_of,
+    operation,
+    reference,
+    value_schema,
+)
+from .openapi_protocol import protocol_paths, protocol_schemas
+from ..settings import load_settings
 
 # %% auto #0
-__all__ = ['ERRORS', 'schemas', 'paths', 'openapi_document']
+__all__ = ['OPEN', 'request_schemas', 'schemas', 'paths', 'guard_operations', 'openapi_document']
 
 # %% ../../nbs/serve/openapi.ipynb #ea34ddad
-_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
-
-
-def _value_schema(values: Iterable[Any]) -> dict[str, Any]:
-    """The type of plain values; none where they differ in it."""
-    kinds = {_TYPES.get(type(each), "string") for each in values}
-    return {"type": kinds.pop()} if len(kinds) == 1 else {}
-
-
 def _outcome_schema(model: Model) -> dict[str, Any]:
     """The schema of one prediction, which is also that of one outcome."""
     if model.outputs is not None:
         golden = chain.from_iterable(model.examples["predictions"])
         sizes = {"minItems": model.outputs, "maxItems": model.outputs}
-        return {"type": "array", "items": _value_schema(golden)} | sizes
+        return {"type": "array", "items": value_schema(golden)} | sizes
     if model.classes is None:
         return {"type": "number"}
-    return _value_schema(model.classes) | {"enum": model.classes}
+    return value_schema(model.classes) | {"enum": model.classes}
 
 # %% ../../nbs/serve/openapi.ipynb #b11190e6
-def _object(properties: Mapping[str, Any], required: list[str] | None = None) -> dict[str, Any]:
-    """A schema of an object; all of its properties are required unless said otherwise."""
-    names = list(properties) if required is None else required
-    return {"type": "object", "properties": dict(properties), "required": names}
+def _actual_schema(model: Model) -> dict[str, Any]:
+    """The schema of an outcome that is told."""
+    if model.classes is None or model.outputs is not None:
+        return _outcome_schema(model)
+    same = [
+        other
+        for other in (False, True, 0, 1)
+        if other in model.classes and not any(other is each for each in model.classes)
+    ]
+    return {"enum": [*model.classes, *same]} if same else _outcome_schema(model)
 
 # %% ../../nbs/serve/openapi.ipynb #31d59617
-def _list(items: Mapping[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": dict(items)}
+def _example_columns(model: Model, rows: int) -> dict[str, list[Any]]:
+    """The first golden examples by columns."""
+    golden = model.examples["rows"][:rows]
+    return {name: [row[name] for row in golden] for name in model.contract.names}
 
 
-def _reference(name: str) -> dict[str, Any]:
-    return {"$ref": f"#/components/schemas/{name}"}
-
-# %% ../../nbs/serve/openapi.ipynb #fc9c6198
-def _error_schemas() -> dict[str, Any]:
-    """The named schemas of a refusal: an error, and what was found in the rows."""
-    text = {"type": "string"}
-    place = {"type": "integer", "nullable": True, "description": "position in the request, from 0"}
+def request_schemas(model: Model, most: int) -> dict[str, Any]:
+    """The named schemas of what POST /predict takes, of at most `most` rows."""
+    lists = {
+        each.name: list_of(column_schema(each, openapi=True), minItems=1) for each in model.contract.columns
+    }
+    rows = list_of(reference("Row"), minItems=1) | {"description": f"At most {most} rows."}
+    columns = {
+        "allOf": [reference("Columns")],
+        "enum": [_example_columns(model, rows) for rows in (1, 3)],
+        "description": f"At most {most} values for each column, all of one length; shown are examples.",
+    }
     return {
-        "Finding": _object({"row": place, "column": text | {"nullable": True}, "message": text}),
-        "Error": _object({"error": text, "detail": _list(_reference("Finding"))}, required=["error"]),
+        "Row": json_schema(model.contract, openapi=True),
+        "Columns": object_of(lists, closed=True),
+        "PredictRows": object_of({"rows": rows}, closed=True),
+        "PredictColumns": object_of({"columns": columns}, closed=True),
+        "PredictRequest": {"oneOf": [reference("PredictRows"), reference("PredictColumns")]},
     }
 
 # %% ../../nbs/serve/openapi.ipynb #331632fe
-def schemas(model: Model) -> dict[str, Any]:
+def schemas(model: Model, most: int = 10_000) -> dict[str, Any]:
     """The named schemas of requests, answers and errors."""
-    text, number, count = {"type": "string"}, {"type": "number"}, {"type": "integer", "minimum": 0}
-    outcome = _outcome_schema(model)
-    answer = {"predictions": _list(outcome), "ids": _list(text), "model": text}
-    probabilities = {"probabilities": _list(_list(number))}
+    answer = {"predictions": list_of(_outcome_schema(model)), "ids": list_of(TEXT), "model": TEXT}
+    probabilities = {"probabilities": list_of(list_of({"type": "number"}))}
+    told = list_of(reference("Feedback"), minItems=1)
     return {
-        "Row": json_schema(model.contract, openapi=True),
-        "PredictRequest": _object({"rows": _list(_reference("Row")) | {"minItems": 1}}),
-        "PredictResponse": _object(answer | probabilities, required=list(answer)),
-        "Feedback": _object({"id": text, "actual": outcome}),
-        "FeedbackRequest": _object({"feedback": _list(_reference("Feedback")) | {"minItems": 1}}),
-        "FeedbackResponse": _object({"accepted": count, "unknown": _list(text)}),
-    } | _error_schemas()
-
-# %% ../../nbs/serve/openapi.ipynb #f558dfef
-ERRORS = {
-    "400": "The body is no JSON, or breaks the contract; `detail` names the rows and columns",
-    "404": "There is no such thing",
-    "413": "The body is larger than the limit",
-    "415": "The body is not declared as JSON, or is compressed",
-    "429": "Too many requests at a time",
-    "500": "The service failed; its log says why",
-    "503": "The service is starting, ending, or not able to log",
-    "504": "The service did not answer in time",
-}
-
-# %% ../../nbs/serve/openapi.ipynb #e4c15375
-def _json_content(schema: Mapping[str, Any], example: Any = None) -> dict[str, Any]:
-    """The content of a request or response that is JSON."""
-    return {"application/json": {"schema": schema} | ({} if example is None else {"example": example})}
-
-# %% ../../nbs/serve/openapi.ipynb #6114a3db
-def _operation(
-    name: str, summary: str, answer: Mapping[str, Any], errors: str, request: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """One operation. `answer` and `request` are contents; `errors` are statuses, separated by spaces."""
-    refused = {
-        status: {"description": ERRORS[status], "content": _json_content(_reference("Error"))}
-        for status in errors.split()
+        **request_schemas(model, most),
+        "PredictResponse": object_of(answer | probabilities, required=list(answer)),
+        "Feedback": object_of({"id": TEXT, "actual": _actual_schema(model)}, closed=True),
+        "FeedbackRequest": object_of({"feedback": told}, closed=True),
+        "FeedbackResponse": object_of({"accepted": COUNT, "unknown": list_of(TEXT)}),
+        **protocol_schemas(model),
+        **error_schemas(),
     }
-    body = {} if request is None else {"requestBody": {"required": True, "content": request}}
-    responses = {"200": {"description": summary, "content": answer}} | refused
-    return {"operationId": name, "summary": summary, "tags": ["Model"], "responses": responses} | body
 
 # %% ../../nbs/serve/openapi.ipynb #b2998f62
 def _example(model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -116,18 +108,25 @@ def _example(model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
     return {"rows": golden["rows"][:1]}, answer
 
 # %% ../../nbs/serve/openapi.ipynb #f2897bcc
-_BODY_ERRORS = "400 413 415 429 500 503 504"
+_FORMS = (
+    "Rows or columns in JSON, or an [Arrow](https://arrow.apache.org) IPC stream with the columns by name, "
+    "in any order. The answer is a stream too, with prediction, probability and id, where "
+    f"`Accept` is `{ARROW}`. Bodies may be packed: `Content-Encoding: gzip`. At most {{most}} rows. "
+    "An `X-Request-ID` is kept in the log."
+)
 
 
-def _predict_operation(model: Model) -> dict[str, Any]:
+def _predict_operation(model: Model, most: int = 10_000) -> dict[str, Any]:
     """POST /predict, with a request that works and its answer."""
     request, answer = _example(model)
-    return _operation(
+    stream = {ARROW: {"schema": TEXT | {"format": "binary"}}}
+    return operation(
         "predict",
         f"Predictions of {model.tag}; probabilities in the order of the classes",
-        _json_content(_reference("PredictResponse"), answer),
-        _BODY_ERRORS,
-        _json_content(_reference("PredictRequest"), request),
+        json_content(reference("PredictResponse"), answer) | stream,
+        BODY_ERRORS,
+        json_content(reference("PredictRequest"), request) | stream,
+        _FORMS.format(most=most),
     )
 
 # %% ../../nbs/serve/openapi.ipynb #0b239682
@@ -135,28 +134,28 @@ def _feedback_operation(model: Model) -> dict[str, Any]:
     """POST /feedback, with the outcome of the row that the example of /predict asks for."""
     _, answer = _example(model)
     told = {"feedback": [{"id": answer["ids"][0], "actual": answer["predictions"][0]}]}
-    return _operation(
+    return operation(
         "feedback",
         "How many outcomes were accepted, and the ids that this model never issued",
-        _json_content(_reference("FeedbackResponse"), {"accepted": 1, "unknown": []}),
-        _BODY_ERRORS,
-        _json_content(_reference("FeedbackRequest"), told),
+        json_content(reference("FeedbackResponse"), {"accepted": 1, "unknown": []}),
+        BODY_ERRORS,
+        json_content(reference("FeedbackRequest"), told),
     )
 
 # %% ../../nbs/serve/openapi.ipynb #f064dfe6
 def _pages() -> dict[str, Any]:
     """The operations of what can only be read."""
-    page, content = {"text/html": {"schema": {"type": "string"}}}, _json_content({"type": "object"})
-    facts = _operation("model", "Contract, classes, metrics, lineage, baseline", content, "429")
-    notebook = _operation("notebook", "The executed notebook that made the model", page, "404 429")
-    document = _operation("docs", "This document", content, "429")
+    page, content = {"text/html": {"schema": {"type": "string"}}}, json_content({"type": "object"})
+    facts = operation("model", "Contract, classes, metrics, lineage, baseline", content, "429")
+    notebook = operation("notebook", "The executed notebook that made the model", page, "404 429")
+    document = operation("docs", "This document", content, "429")
     return {"/model": {"get": facts}, "/notebook": {"get": notebook}, "/docs.json": {"get": document}}
 
 # %% ../../nbs/serve/openapi.ipynb #964eacd8
-def paths(model: Model) -> dict[str, Any]:
+def paths(model: Model, most: int = 10_000) -> dict[str, Any]:
     """The operations of nbprod's own routes."""
-    posts = {"/predict": _predict_operation(model), "/feedback": _feedback_operation(model)}
-    return {path: {"post": operation} for path, operation in posts.items()} | _pages()
+    posts = {"/predict": _predict_operation(model, most), "/feedback": _feedback_operation(model)}
+    return {path: {"post": each} for path, each in posts.items()} | _pages() | protocol_paths(model)
 
 # %% ../../nbs/serve/openapi.ipynb #c53c576c
 def _infrastructure(base: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,12 +163,12 @@ def _infrastructure(base: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[st
     read = {path: item for path, item in base["paths"].items() if path not in ours and "get" in item}
     others = {path: dict(item["get"]) for path, item in read.items()}
     text = {"text/plain": {"schema": {"type": "string"}}}
-    for operation in others.values():
-        operation["responses"] = {"200": {"description": "As expected", "content": text}}
+    for each in others.values():
+        each["responses"] = {"200": {"description": "As expected", "content": text}}
     if "/readyz" in others:
-        unready = {"description": ERRORS["503"], "content": _json_content(_reference("Error"))}
+        unready = {"description": ERRORS["503"], "content": json_content(reference("Error"))}
         others["/readyz"]["responses"]["503"] = unready
-    return {path: {"get": operation} for path, operation in others.items()}
+    return {path: {"get": each} for path, each in others.items()}
 
 # %% ../../nbs/serve/openapi.ipynb #8f5294b9
 def _info(model: Model) -> dict[str, Any]:
@@ -181,16 +180,42 @@ def _info(model: Model) -> dict[str, Any]:
     return {"title": model.name, "version": model.version, "description": description}
 
 # %% ../../nbs/serve/openapi.ipynb #82338a45
-def openapi_document(model: Model, base: Mapping[str, Any]) -> dict[str, Any]:
-    """The service's OpenAPI 3.0 document; `base` is what BentoML generates for the service."""
-    ours = paths(model)
-    schema = _operation("schema", "BentoML's description", _json_content({"type": "object"}), "")
-    return {
+OPEN = ("/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready")
+
+
+def guard_operations(document: dict[str, Any], keys: bool) -> dict[str, Any]:
+    """A document that says who may ask: with `keys`, whoever has one."""
+    status = "401" if keys else "403"
+    refusal = {"description": ERRORS[status], "content": json_content(reference("Error"))}
+    for path, item in document["paths"].items():
+        for each in item.values():
+            if path not in OPEN:
+                each["responses"][status] = refusal
+            elif keys:
+                each["security"] = []
+    if keys:
+        bearer = {"type": "http", "scheme": "bearer"}
+        header = {"type": "apiKey", "in": "header", "name": "X-API-Key"}
+        document["components"]["securitySchemes"] = {"bearer": bearer, "header": header}
+        document["security"] = [{"bearer": []}, {"header": []}]
+    return document
+
+# %% ../../nbs/serve/openapi.ipynb #4ba82210
+def openapi_document(model: Model, base: Mapping[str, Any], *, keys: bool = False) -> dict[str, Any]:
+    """The service's OpenAPI 3.0 document; `base` is what BentoML generates for the service.
+
+    `keys` says whether the service has API keys.
+    """
+    most = load_settings(required=False).max_rows
+    ours = paths(model, most)
+    schema = operation("schema", "BentoML's description", json_content({"type": "object"}), "")
+    document = {
         "openapi": "3.0.2",
         "info": _info(model),
         "servers": base.get("servers", []),
         "tags": [{"name": "Model", "description": "Predictions, outcomes and what is behind them."}]
         + [tag for tag in base.get("tags", []) if tag["name"] == "Infrastructure"],
         "paths": ours | {"/schema.json": {"get": schema}} | _infrastructure(base, ours),
-        "components": {"schemas": schemas(model)},
+        "components": {"schemas": schemas(model, most)},
     }
+    return guard_operations(document, keys)

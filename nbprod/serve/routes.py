@@ -5,7 +5,7 @@
 # %% ../../nbs/serve/routes.ipynb #73ddfc8f
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from .answering import Answered, Answerer
 from .arrivals import Arrivals
 from .connections import Connections
 from .decoding import RequestError, decode, items
-from .forms import Form, form_of
+from .forms import Form, check_json, form_of, infer_form
 from .keys import KeyRing
 from nbprod.serve.messages import (
     Application,
@@ -40,14 +40,16 @@ __all__ = ['THREADS', 'BATCHED', 'Desk', 'JsonErrors', 'last_response', 'compute
 class Desk:
     """What the routes answer from: `answerer` once the service has started, `pages` by path.
 
-    `closing` is true from the moment that the process is told to end. `keys` are known once the service has
+    A page is a reply, or makes one. `infer_paths` are those at which tensors are answered. `closing` is true
+    from the moment that the process is told to end. `keys` are known once the service has
     started; without any, `open` tells whether it answers other machines. Bodies come by `arrivals`, all
     over `connections`.
     """
 
     max_body: int
     answerer: Answerer | None = None
-    pages: dict[str, Reply] = field(default_factory=dict)
+    pages: dict[str, Reply | Callable[[], Reply]] = field(default_factory=dict)
+    infer_paths: Sequence[str] = ()
     closing: bool = False
     keys: KeyRing | None = None
     open: bool = False
@@ -68,6 +70,7 @@ class Desk:
 
     def feedback(self, asked: Asked) -> Reply:
         """Answer POST /feedback."""
+        check_json(asked)
         return json_reply(self.opened().feedback(items(decode(asked.body), "feedback")))
 
     def rejected(self, error: Exception) -> None:
@@ -156,6 +159,7 @@ class Routes:
     def __init__(self, app: Application, desk: Desk) -> None:
         self._app, self._desk, self._limiter = app, desk, None
         self._actions = {"/predict": self._predict, "/feedback": self._feedback}
+        self._actions |= dict.fromkeys(desk.infer_paths, self._infer)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -179,7 +183,8 @@ class Routes:
                 message = f"{path} answers {allowed[0]} only."
                 raise RequestError(message, status=405, reason="method")
             if path in self._desk.pages:
-                return self._desk.pages[path]
+                page = self._desk.pages[path]
+                return page if isinstance(page, Reply) else page()
             asked = await read_request(scope, receive, self._desk.max_body, self._desk.arrivals)
             reply = await self._actions[path](scope, asked)
             scope["nbprod.rows"] = asked.rows
@@ -193,8 +198,15 @@ class Routes:
             return reply
 
     async def _predict(self, scope: Message, asked: Asked) -> Reply:
-        answerer, form = self._desk.opened(), form_of(asked)
-        if answerer.is_quick(len(asked.body)):
+        return await self._answer(scope, asked, form_of(asked))
+
+    async def _infer(self, scope: Message, asked: Asked) -> Reply:
+        check_json(asked)
+        return await self._answer(scope, asked, infer_form())
+
+    async def _answer(self, scope: Message, asked: Asked, form: Form) -> Reply:
+        answerer = self._desk.opened()
+        if form.quick and answerer.is_quick(len(asked.body)):
             return self._desk.predict(form, asked)
         if not answerer.batches:
             return await self._in_thread(self._desk.predict, form, asked)

@@ -32,10 +32,11 @@ from .endpoints import bounded_service
 from .guard import Guard, announce
 from .keys import load_keys
 from .openapi import openapi_document
+from .inference_protocol import infer_paths, protocol_pages
 from .messages import Reply, json_reply
 from .routes import BATCHED, Desk, Routes
 from .tracing import tracing_options
-from ..settings import Settings, limits, load_settings
+from ..settings import Settings, limits, load_settings, log_settings
 
 if TYPE_CHECKING:
     from bentoml import Service
@@ -140,8 +141,7 @@ def prepare_deployment(name: str) -> None:
     except NbprodError as error:
         raise BentoMLException(str(error)) from error
     allow_files()
-    os.environ["NBPROD_STORE"] = str(settings.store)
-    os.environ |= limits(settings)
+    os.environ |= log_settings(settings) | limits(settings)
 
 # %% ../../nbs/serve/service.ipynb #577cab1e
 def open_desk(desk: Desk, model: Model, notebook: Path | None, service: Service[Any]) -> None:
@@ -152,6 +152,7 @@ def open_desk(desk: Desk, model: Model, notebook: Path | None, service: Service[
     desk.connections.watch()
     announce(desk)
     desk.pages.update(pages(model, notebook, service.openapi_spec.asdict()))
+    desk.pages.update(protocol_pages(model, partial(is_ready, desk)))
     desk.answerer = Answerer(model, settings)
     watch_signals(desk)
     calm_interpreter()
@@ -232,7 +233,8 @@ def create_service(
     reference = BentoModel(tag)
     trust = Trust(tuple(trusted), allow_pickle)
     model = Model(str(reference.tag), Path(reference.resolve().path), trust)
-    types, desk, settings = api_types(model), Desk(max_body=0), load_settings(required=False)
+    types, settings = api_types(model), load_settings(required=False)
+    desk = Desk(max_body=0, infer_paths=infer_paths(model))
     lines = LineWriter(to_stdout)
 
     class ModelService:
@@ -278,7 +280,7 @@ def create_service(
             lines.close()
 
     ModelService.__doc__ = f"Predictions of the model {model.tag}."
-    of_class = bounded_service("/model", "/notebook", "/docs.json", "/docs")
+    of_class = bounded_service("/model", "/notebook", "/docs.json", "/docs", *desk.infer_paths)
     options = service_options(settings)
     service: Service[Any] = bentoml.service(name=model.name, service_class=of_class, **options)(ModelService)
     if settings.access_log is not None:
