@@ -366,12 +366,13 @@ def test_every_form_is_logged_with_the_callers_own_id(late_flights: Served, sess
     session.post(url, json=request, headers={"x-request-id": "in-the-header"})
     post(session, late_flights, stream(frame), content_type=ARROW, x_request_id="of-arrow")
 
-    def logged() -> Counter[str]:
-        found = predictions("late_flights", settings=late_flights.settings)
-        return Counter(found["request"].dropna())
-
     expected = {"in-the-body": 1, "in-the-header": 1, "of-arrow": 1}
-    wait_for(lambda: logged() == expected, "the log to be written")
+
+    def logged() -> bool:
+        found = Counter(predictions("late_flights", settings=late_flights.settings)["request"].dropna())
+        return {name: found[name] for name in expected} == expected
+
+    wait_for(logged, "the three rows to be in the log")
 
 
 # Every type of column

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from nbprod.model.contract import Contract
 
 # %% auto #0
-__all__ = ['MOST_SHOWN', 'seen_in_training', 'column_schema', 'json_schema']
+__all__ = ['MOST_SHOWN', 'seen_in_training', 'moment_pattern', 'column_schema', 'json_schema']
 
 # %% ../../nbs/model/schema.ipynb #e78fe292
 MOST_SHOWN = 12
@@ -48,6 +48,24 @@ def _description(column: Column) -> str:
         part for part in (column.description, unit, clock, *limits, seen_in_training(column)) if part
     )
 
+# %% ../../nbs/model/schema.ipynb #a668cd98
+_LEAP = (
+    "(16(8[048]|9[26])|(17|18|19|21)(0[48]|[2468][048]|[13579][26])|20(0[048]|[2468][048]|[13579][26])"
+    "|22(0[48]|[24][048]|60|[135][26]))"
+)
+_DAY = (
+    "(((1679|16[89][0-9]|1[7-9][0-9]{2}|2[01][0-9]{2}|22[0-5][0-9]|2260)-"
+    "((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8])))"
+    f"|{_LEAP}-02-29)"
+)
+_DIGITS = {"s": "", "ms": r"(\.[0-9]{1,3})?", "us": r"(\.[0-9]{1,6})?", "ns": r"(\.[0-9]{1,9})?"}
+
+
+def moment_pattern(column: Column) -> str:
+    """A regular expression for the times that may stand in a column, in the form of RFC 3339."""
+    zone = "(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])" if column.zoned else ""
+    return f"^{_DAY}T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]{_DIGITS[column.resolution]}{zone}$"
+
 # %% ../../nbs/model/schema.ipynb #b13b8b7f
 _TYPES = {
     "int": "integer",
@@ -61,6 +79,8 @@ _TYPES = {
 
 def _limits(column: Column, openapi: bool) -> dict[str, Any]:
     """The author's limits of a number, and those of a small integer type."""
+    if column.type == "datetime":
+        return {"pattern": moment_pattern(column)} if openapi else {}
     if column.type not in ("int", "float"):
         return {} if column.pattern is None else {"pattern": column.pattern}
     lower = [(each, strict) for each, strict in ((column.ge, False), (column.gt, True)) if each is not None]
@@ -70,6 +90,11 @@ def _limits(column: Column, openapi: bool) -> dict[str, Any]:
         lower, upper = [*lower, (low, False)], [*upper, (high, False)]
     elif column.dtype.lower() == "uint64":
         lower = [*lower, (0, False)]
+    elif openapi and column.type == "float" and column.dtype.lower() != "float64":
+        import numpy as np
+
+        largest = float(np.finfo(column.dtype.lower()).max)
+        lower, upper = [*lower, (-largest, False)], [*upper, (largest, False)]
     found: dict[str, Any] = {}
     for name, ends, tightest in (("Minimum", lower, max), ("Maximum", upper, min)):
         if ends:
