@@ -82,7 +82,7 @@ def answer_and_feedback(model: Model) -> dict[str, Any]:
     assert answerer.parity.equal
     try:
         given: dict[str, Any] = orjson.loads(
-            orjson.dumps(answerer.predict(plain_rows(model.contract, flights)))
+            orjson.dumps(answerer.predict(plain_rows(model.contract, flights)).as_dict())
         )
         pairs = [
             {"id": id, "actual": actual}
