@@ -45,16 +45,19 @@ INTERVAL = 0.25  # seconds between requests
 
 
 def _rows(model: Model, settings: Settings) -> list[dict[str, Any]]:
-    """Rows that the model was asked before, as JSON values; golden examples if there are none."""
+    """Rows that the model was asked before, as JSON values; golden examples if the log has no whole ones."""
     from nbprod.model.contract import plain_rows
-    from nbprod.serve.prediction_log import predictions
+    from nbprod.serve.prediction_log import logged_name, predictions
 
+    examples: list[dict[str, Any]] = model.examples["rows"]
+    if any(column.private for column in model.contract.columns):
+        return examples
     try:
         logged = predictions(model.name, settings=settings).tail(20_000)
-        return plain_rows(model.contract, logged)
+        named = {logged_name(name): name for name in model.contract.names}
+        return plain_rows(model.contract, logged[list(named)].rename(columns=named))
     except NotFoundError:
-        rows: list[dict[str, Any]] = model.examples["rows"]
-        return rows
+        return examples
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The prediction log: nothing answered is lost or double, whatever is killed; what is private or old is gone."""
+"""The prediction log: nothing answered is lost or double, whatever is killed; private and old is gone."""
 
 import json
 import math
@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 import boto3
 import httpx
+import pandas as pd
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -98,7 +99,8 @@ def logged_ids(settings: Settings) -> list[str]:
 
 @pytest.fixture
 def model(store: Path) -> Model:
-    """A model that compiles wholly."""
+    """A model that compiles wholly, in a store of the test's own."""
+    assert not store.exists()
     return logged(make_pipeline(encoder(), LogisticRegression()).fit(flights, late), flights, late)
 
 
@@ -148,12 +150,10 @@ def workers_of(url: str) -> list[psutil.Process]:
 
 def test_every_answered_row_is_logged_once_after_a_graceful_stop(model: Model, settings: Settings) -> None:
     bento = build(model.tag, settings=settings).bento
-    with start_service(bento, workers=2, settings=settings) as url:
+    with ExitStack() as clients, start_service(bento, workers=2, settings=settings) as url:
         assert len(workers_of(url)) == 2
-        load_of_it = load(url, model.examples["rows"], clients=6)
-        answered = load_of_it.__enter__()
+        answered = clients.enter_context(load(url, model.examples["rows"], clients=6))
         wait_for(lambda: len(answered) > 5000, "answers")
-    load_of_it.__exit__(None, None, None)
     found = Counter(predictions("delay", settings=settings)["id"])
     assert set(answered) <= set(found) and max(found.values()) == 1
     place = log_place("delay", "predictions", settings)
@@ -187,7 +187,7 @@ def test_a_killed_worker_takes_a_fifth_of_a_second_with_it(model: Model, setting
 
 # Killed while it moves rows
 
-# Compacts in one process after the other, each of which is killed before its n-th operation on files.
+# Compacts in one process after the other, each of which is killed before its n-th change of a file or folder.
 KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
@@ -197,13 +197,14 @@ from nbprod.serve import compaction, log_parquet
 from nbprod.settings import load_settings
 
 made, store = Path(sys.argv[1]), sys.argv[2]
-WATCHED = ("open", "os.", "shutil.", "fcntl.")
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate", "shutil.rmtree")
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 def compact(folder, step):
     count = 0
     def hook(event, arguments):
         nonlocal count
-        if event.startswith(WATCHED):
+        if event in CHANGES or (event == "open" and arguments[2] & WRITING):
             count += 1
             if count == step:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -251,13 +252,12 @@ def test_a_compaction_that_is_killed_at_any_step_loses_and_doubles_nothing(
     )
     assert done.returncode == 0, done.stderr
     steps = int(done.stdout)
-    assert steps > 50
+    assert steps > 30
     for step in range(1, steps + 1):
         killed = of(tmp_path / f"killed-{step}")
-        assert logged_ids(killed) == sorted(ids), f"after a kill before operation {step}"
-        assert len(feedback("delay", settings=killed)) == 2
+        assert logged_ids(killed) == sorted(ids), f"after a kill before change {step}"
         assert compact("delay", killed)
-        assert logged_ids(killed) == sorted(ids), f"finished after a kill before operation {step}"
+        assert logged_ids(killed) == sorted(ids), f"finished after a kill before change {step}"
         assert len(feedback("delay", settings=killed)) == 2
         for kind in KINDS:
             place = log_place("delay", kind, killed)
@@ -345,18 +345,16 @@ def readable_text(folder: Path) -> str:
             found.append(path.read_bytes().decode("latin-1"))
         if path.suffix == ".parquet":
             table = pq.ParquetFile(path).read()
-            found += [
-                str(table.to_pydict()),
-                str(table.schema.metadata),
-                str(pq.read_metadata(path).to_dict()),
-            ]
+            facts = pq.read_metadata(path).to_dict()
+            found += [str(table.to_pydict()), str(table.schema.metadata), str(facts)]
         if path.suffix == ".arrows":
             for batch in read_stream(path):
                 found += [str(batch.to_pydict()), str(batch.schema.metadata)]
     return "\n".join(found)
 
 
-def test_what_is_private_is_nowhere_in_the_store(store: Path, settings: Settings) -> None:
+@pytest.mark.usefixtures("store")
+def test_what_is_private_is_nowhere_in_the_store(settings: Settings) -> None:
     people = flights.assign(passenger=["Ada Lovelace", "Mary Shelley"] * 100, account=4_711_000_815)
     said = {"passenger": Column(private=True), "account": Column(private="hash")}
     estimator = make_pipeline(encoder(), LogisticRegression()).fit(people, late)
@@ -551,16 +549,15 @@ def test_every_kind_of_value_comes_back(settings: Settings, data: st.DataObject,
         compact("delay", settings)
     found = predictions("delay", settings=settings)
     assert found["id"].tolist() == asked.ids and set(found["key"]) == {"key"}
-    assert [
-        list(each) if isinstance(predicted[0], list) else each for each in found["prediction"]
-    ] == predicted
+    read_back = found["prediction"].tolist()
+    assert (list(map(list, read_back)) if isinstance(predicted[0], list) else read_back) == predicted
     assert [list(each) for each in found["probability"]] == asked.probabilities
     for (name, (column, _)), values in zip(VALUES.items(), columns, strict=True):
         read = found["feature.time" if name == "time" else name]
         assert read.dtype == column.training_dtype
         for value, was in zip(read, values, strict=True):
             if was is None:
-                assert value is None or value != value or str(value) in ("<NA>", "NaT")
+                assert pd.isna(value)
             elif column.type == "datetime":
                 unit = 1 if column.resolution == "ns" else 10**9
                 assert value.as_unit("ns").value == was * unit if abs(was * unit) < 2**63 else True
@@ -583,11 +580,8 @@ def test_of_all_outcomes_the_one_told_last_counts(settings: Settings, data: st.D
     told: dict[str, tuple[int, Any]] = {}
     moments = data.draw(st.lists(st.integers(0, 10**6), unique=True, max_size=6))
     for moment in moments:
-        pairs = data.draw(
-            st.lists(
-                st.tuples(st.sampled_from(ids + unknown), st.integers(0, 3) | st.text(max_size=2)), max_size=4
-            )
-        )
+        outcome = st.integers(0, 3) | st.text(max_size=2)
+        pairs = data.draw(st.lists(st.tuples(st.sampled_from(ids + unknown), outcome), max_size=4))
         if pairs:
             tell(settings, pairs, NOW + timedelta(seconds=moment))
         for id, actual in pairs:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable
@@ -63,22 +64,22 @@ class Backlog:
                 self._hurry.set()
             return True
 
-    def take(self, gather: float, patience: float) -> tuple[list[Any], int] | None:
-        """Wait `patience` seconds for an item, then `gather` seconds for more; all items and their rows.
+    def take(self, due: float, patience: float) -> list[tuple[Any, int]] | None:
+        """Wait `patience` seconds for an item, then until `due` for more; all items, each with its rows.
 
         None is the end: the backlog is closed and empty.
         """
         with self._filled:
             self._filled.wait_for(lambda: self._items or self._closed, patience)
             if not self._items:
-                return None if self._closed else ([], 0)
-        self._hurry.wait(gather)
+                return None if self._closed else []
+        self._hurry.wait(max(due - time.monotonic(), 0.0))
         with self._filled:
             taken = list(self._items)
             self._items.clear()
             if not self._closed:
                 self._hurry.clear()
-        return [item for item, _ in taken], sum(rows for _, rows in taken)
+        return taken
 
     def done(self, rows: int) -> None:
         """Make room: `rows` that were taken are written, or given up."""
@@ -152,17 +153,23 @@ class AppendLog:
         self._thread.join(timeout)
 
     def _run(self) -> None:
-        while (taken := self._backlog.take(FLUSH_SECONDS, IDLE_SECONDS)) is not None:
-            items, rows = taken
-            if items:
-                self._log(items, rows)
+        due = 0.0
+        while (taken := self._backlog.take(due, IDLE_SECONDS)) is not None:
+            due = time.monotonic() + FLUSH_SECONDS
+            if taken:
+                self._log(taken)
             else:
                 self._streams.rotate()
         self._streams.close()
 
-    def _log(self, items: list[Any], rows: int) -> None:
+    def _log(self, taken: list[tuple[Any, int]]) -> None:
+        rows = sum(rows for _, rows in taken)
         where = f"{rows} rows in {self._streams.folder}"
-        made, table = _try(self._to_table, items, f"Making a table of {where}")
+        made, table = _try(self._to_table, [item for item, _ in taken], f"Making a table of {where}")
+        if not made and len(taken) > 1:
+            for each in taken:
+                self._log([each])
+            return
         if not (made and _try(self._write, table, f"Logging {where}")[0]):
             _try(self._on_dropped, rows, f"Counting {where}")
         if made:

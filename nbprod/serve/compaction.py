@@ -101,7 +101,9 @@ def recover(place: LogPlace) -> None:
         finish(place, move)
     for path in place.moving.glob("*/"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in [*place.moving.glob(".*.tmp"), *place.folder.glob(".*.tmp")]:
+    for path in place.moving.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+    for path in place.folder.glob(".*.tmp"):
         with suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > UNNAMED_SECONDS and not is_held(path):
                 path.unlink()

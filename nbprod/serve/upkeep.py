@@ -16,16 +16,16 @@ from ..settings import Settings
 logger = logging.getLogger("nbprod.serve")
 
 # %% auto #0
-__all__ = ['logger', 'HOURLY', 'AGAIN', 'CLOSE_SECONDS', 'try_compaction', 'Upkeep']
+__all__ = ['logger', 'HOURLY', 'SOON', 'CLOSE_SECONDS', 'try_compaction', 'Upkeep']
 
 # %% ../../nbs/serve/upkeep.ipynb #c2828afc
 HOURLY = 3600.0  # seconds
-AGAIN = 10.0  # seconds
+SOON = 10.0  # seconds
 CLOSE_SECONDS = 5.0
 
 
-def try_compaction(name: str, settings: Settings) -> bool:
-    """Compact the logs of a model; False if another process is doing that, or it failed, which is logged."""
+def try_compaction(name: str, settings: Settings) -> bool | None:
+    """Compact the logs of a model; False if another process is at it, None if it fails, which is logged."""
     try:
         return compact(name, settings)
     except NbprodError as error:
@@ -33,7 +33,7 @@ def try_compaction(name: str, settings: Settings) -> bool:
     except Exception:
         # A disk may be full; what is not moved stays where it is, and can be read there.
         logger.exception("The log of %s could not be compacted; it is tried again", name)
-    return False
+    return None
 
 # %% ../../nbs/serve/upkeep.ipynb #0def3d32
 class Upkeep:
@@ -59,7 +59,7 @@ class Upkeep:
         while not self._closing.is_set():
             self._wanted.clear()
             done = try_compaction(self._name, self._settings)
-            self._wanted.wait(HOURLY if done else AGAIN)
+            self._wanted.wait(HOURLY if done else SOON)
         deadline = time.monotonic() + CLOSE_SECONDS
-        while not try_compaction(self._name, self._settings) and time.monotonic() < deadline:
+        while try_compaction(self._name, self._settings) is False and time.monotonic() < deadline:
             time.sleep(0.1)
