@@ -730,20 +730,26 @@ def build_command(arguments: argparse.Namespace) -> None:
 @verb(
     MODEL,
     PORT,
-    takes("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"),
-    takes("--workers", type=int, default=1, help="processes (default: 1)"),
+    takes("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1); others need keys"),
+    takes("--workers", type=whole_number, default=1, metavar="N", help="processes (default: 1)"),
+    takes("--open", action="store_true", help="answer anybody who reaches it, without keys (NBPROD_KEYS)"),
     ALLOW_PICKLE,
 )
 def serve_command(arguments: argparse.Namespace) -> None:
     """Serve a model over REST."""
-    from nbprod.serve.bento import serve
+    from dataclasses import replace
 
+    from nbprod.serve.bento import serve
+    from nbprod.settings import load_settings
+
+    settings = load_settings(required=False)
     serve(
         arguments.model,
         host=arguments.host,
         port=arguments.port,
         workers=arguments.workers,
         allow_pickle=arguments.allow_pickle,
+        settings=replace(settings, open=settings.open or arguments.open),
     )
 
 # %% ../nbs/cli.ipynb #2713f648

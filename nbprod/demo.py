@@ -95,10 +95,11 @@ def send(url: str, model: Model, frame: pd.DataFrame, labels: pd.Series) -> tupl
     from tqdm.auto import tqdm
 
     from nbprod.model.contract import plain_rows
+    from nbprod.serve.keys import key_headers
 
     answered = accepted = 0
     with (
-        httpx.Client(base_url=url, timeout=60) as client,
+        httpx.Client(base_url=url, timeout=60, headers=key_headers()) as client,
         tqdm(total=len(frame), unit="flight", disable=None) as bar,
     ):
         for batch in batches(frame):

@@ -12,10 +12,10 @@ import secrets
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['write_atomic', 'hold', 'is_held']
+__all__ = ['sync_file', 'write_atomic', 'hold', 'is_held']
 
 # %% ../nbs/files.ipynb #6630efe4
-def _sync(path: Path) -> None:
+def sync_file(path: Path) -> None:
     """Force a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -37,23 +37,23 @@ def write_atomic(path: Path, data: str | bytes, *, durable: bool = True) -> None
     try:
         temporary.write_bytes(content)
         if durable:
-            _sync(temporary)
+            sync_file(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     if durable:
         with contextlib.suppress(OSError):  # not every file system can do it for a folder
-            _sync(path.parent)
+            sync_file(path.parent)
 
 # %% ../nbs/files.ipynb #ac1a79bb
-def hold(folder: Path) -> int | None:
-    """Take the lock of `folder` and return its descriptor; None where the file system knows no locks.
+def hold(path: Path) -> int | None:
+    """Take the lock of a folder or file and return its descriptor; None where the file system knows no locks.
 
     The lock is held until every copy of the descriptor is closed: a child process that inherits it holds it
     too. Raises `BlockingIOError` when another process holds the lock.
     """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -64,9 +64,9 @@ def hold(folder: Path) -> int | None:
     return descriptor
 
 # %% ../nbs/files.ipynb #a306f5d1
-def is_held(folder: Path) -> bool:
-    """Whether a living process holds the lock of `folder`, as far as the file system can tell."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def is_held(path: Path) -> bool:
+    """Whether a living process holds the lock of a folder or file, as far as the file system can tell."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:

@@ -73,8 +73,10 @@ def replayed_traffic(url: str, model: Model, rate: float, settings: Settings) ->
 def _send(url: str, model: Model, rate: float, settings: Settings, stopped: threading.Event) -> None:
     import httpx
 
+    from nbprod.serve.keys import key_headers
+
     rows, due = cycle(_rows(model, settings)), 0.0
-    with httpx.Client(base_url=url, timeout=10) as client:
+    with httpx.Client(base_url=url, timeout=10, headers=key_headers()) as client:
         while not stopped.wait(INTERVAL):
             due += rate * INTERVAL
             batch, due = [next(rows) for _ in range(int(due))], due % 1

@@ -10,13 +10,14 @@ import re
 from collections.abc import Mapping
 from configparser import ConfigParser, Error as ConfigError
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 from .errors import SettingsError, did_you_mean
 
 # %% auto #0
-__all__ = ['LOCAL', 'DEFAULTS', 'read_ini', 'find_project', 'usable_cores', 'Settings', 'executor_address', 'load_settings',
-           'limits', 'bentoml_home']
+__all__ = ['LOCAL', 'DEFAULTS', 'SPANS', 'read_ini', 'find_project', 'usable_cores', 'Settings', 'executor_address',
+           'load_settings', 'limits', 'log_settings', 'bentoml_home']
 
 # %% ../nbs/settings.ipynb #b0528d2c
 def read_ini(path: Path) -> ConfigParser:
@@ -54,6 +55,12 @@ DEFAULTS: dict[str, str] = {
     "max_body": str(10 * 1024 * 1024),
     "max_rows": "10000",
     "timeout": "30",
+    "retention": "90d",
+    "local_store": ".nbprod",
+    "receive_timeout": "10",
+    "keys_file": "",
+    "open": "no",
+    "access_log": "off",
     "trusted": "",
 }
 
@@ -64,7 +71,10 @@ class Settings:
 
     `store` is where runs execute and are kept; `remote` the fsspec URL of the store that is shared with
     others, empty where there is none. `index` is the SQLAlchemy URL of the index, empty for a SQLite file.
-    `max_body` (bytes), `max_rows` and `timeout` (seconds) bound a request to a service.
+    `max_body` (bytes), `max_rows` and `timeout` (seconds) bound a request to a service, and
+    `receive_timeout` (seconds) the arrival of its body. `keys_file` has its API keys; `open` lets it answer
+    other machines without any. `access_log` is the share of requests that it logs, None for no log.
+    `retention` is how long the logs of services are kept; None for ever.
     `executor` is `local` or the address of a Dask scheduler. `trusted` are the names of classes and functions
     that models may hold beside scikit-learn's and the library's.
     """
@@ -76,10 +86,15 @@ class Settings:
     max_body: int
     max_rows: int = int(DEFAULTS["max_rows"])
     timeout: int = int(DEFAULTS["timeout"])
+    receive_timeout: int = int(DEFAULTS["receive_timeout"])
+    keys_file: Path | None = None
+    open: bool = False
+    access_log: float | None = None
     index: str = field(default="", repr=False)  # a password may be in it, and in the URL of the store
     remote: str = field(default="", repr=False)
     executor: str = LOCAL
     trusted: tuple[str, ...] = ()
+    retention: timedelta | None = timedelta(days=90)
 
     @property
     def runs(self) -> Path:
@@ -104,9 +119,22 @@ def _whole_number(name: str, value: str, origin: str) -> int:
     return int(value)
 
 
-def _store(root: Path, value: str) -> Path:
-    """`value` as an absolute folder; for a URL the folder in the project where runs execute."""
-    folder = DEFAULTS["store"] if "://" in value else value
+SPANS = {"h": "hours", "d": "days", "w": "weeks"}
+
+
+def _retention(value: str, origin: str) -> timedelta | None:
+    """`value` such as 90d as a length of time; None for 0 and `never`."""
+    if value in ("0", "never"):
+        return None
+    found = re.fullmatch(r"(\d{1,5})([hdw])", value, re.ASCII)
+    if not found or int(found[1]) == 0:
+        raise SettingsError(f"retention = {value!r} ({origin}) must be like 12h, 90d or 52w, or never.")
+    return timedelta(**{SPANS[found[2]]: int(found[1])})
+
+
+def _store(root: Path, value: str, local: str = DEFAULTS["local_store"]) -> Path:
+    """`value` as an absolute folder; for a URL the folder `local` in the project, where runs execute."""
+    folder = local if "://" in value else value
     return (root / Path(folder).expanduser()).resolve()
 
 
@@ -131,6 +159,24 @@ def _index(root: Path, value: str, origin: str) -> str:
     if not separator or not path:
         raise SettingsError(f"index ({origin}) must be a SQLAlchemy URL such as sqlite:///index.sqlite.")
     return f"{dialect}:///{root / path}"
+
+
+def _switch(name: str, value: str, origin: str) -> bool:
+    """`value` as yes or no, in the words that an ini file has for them."""
+    known = ConfigParser.BOOLEAN_STATES
+    if value.lower() not in known:
+        raise SettingsError(f"{name} = {value!r} ({origin}) must be yes or no.")
+    return known[value.lower()]
+
+
+def _share(name: str, value: str, origin: str) -> float | None:
+    """`value` as a share from 0 to 1; `all` is 1, and `off` is None."""
+    words = {"off": None, "all": 1.0}
+    if value.lower() in words:
+        return words[value.lower()]
+    if not re.fullmatch(r"0|1|[01]?\.[0-9]+", value) or float(value) > 1:
+        raise SettingsError(f"{name} = {value!r} ({origin}) must be off, all, or a share such as 0.01.")
+    return float(value)
 
 
 def executor_address(value: str, origin: str) -> str:
@@ -180,22 +226,43 @@ def load_settings(
     return Settings(
         root=base,
         library=library,
-        store=_store(base, values["store"]),
+        store=_store(base, values["store"], values["local_store"]),
         remote=_remote(values["store"], origins.get("store", "default")),
         jobs=_whole_number("jobs", values["jobs"], origins.get("jobs", "default")),
         max_body=_whole_number("max_body", values["max_body"], origins.get("max_body", "default")),
         max_rows=_whole_number("max_rows", values["max_rows"], origins.get("max_rows", "default")),
         timeout=_whole_number("timeout", values["timeout"], origins.get("timeout", "default")),
+        receive_timeout=_whole_number(
+            "receive_timeout", values["receive_timeout"], origins.get("receive_timeout", "default")
+        ),
+        keys_file=base / Path(values["keys_file"]).expanduser() if values["keys_file"] else None,
+        open=_switch("open", values["open"] or "no", origins.get("open", "default")),
+        access_log=_share("access_log", values["access_log"], origins.get("access_log", "default")),
         index=_index(base, values["index"], origins.get("index", "default")),
         executor=executor_address(values["executor"], origins.get("executor", "default")),
         trusted=tuple(values["trusted"].split()),
+        retention=_retention(values["retention"], origins.get("retention", "default")),
     )
 
 # %% ../nbs/settings.ipynb #0e5f0e02
 def limits(settings: Settings) -> dict[str, str]:
     """The bounds of a service's requests, as environment variables."""
-    bounds = ("max_body", "max_rows", "timeout")
-    return {f"NBPROD_{name.upper()}": str(getattr(settings, name)) for name in bounds}
+    bounds = ("max_body", "max_rows", "timeout", "receive_timeout", "open")
+    logged = "off" if settings.access_log is None else f"{settings.access_log:f}"
+    return {f"NBPROD_{name.upper()}": str(getattr(settings, name)) for name in bounds} | {
+        "NBPROD_KEYS_FILE": str(settings.keys_file or ""),
+        "NBPROD_ACCESS_LOG": logged,
+    }
+
+# %% ../nbs/settings.ipynb #987f7219
+def log_settings(settings: Settings) -> dict[str, str]:
+    """What says where a service keeps its logs and for how long, as environment variables."""
+    kept = settings.retention
+    return {
+        "NBPROD_STORE": settings.remote or str(settings.store),
+        "NBPROD_LOCAL_STORE": str(settings.store),
+        "NBPROD_RETENTION": "never" if kept is None else f"{int(kept.total_seconds() // 3600)}h",
+    }
 
 # %% ../nbs/settings.ipynb #a46cb912
 def bentoml_home(environ: Mapping[str, str] = os.environ) -> Path:

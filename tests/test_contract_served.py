@@ -68,7 +68,7 @@ def answer(model: Model, requests: list[list[dict[str, Any]]]) -> None:
         assert answerer.parity.equal
         for rows in requests:
             given = answerer.predict(answerer.rows(orjson.dumps({"rows": rows})))
-            assert given["predictions"] == pytest.approx([row["distance"] / 8 for row in rows])
+            assert given.predictions == pytest.approx([row["distance"] / 8 for row in rows])
     finally:
         answerer.close()
 

@@ -360,7 +360,8 @@ def test_every_metric_is_documented_and_every_documented_one_is_there(
         for body in (b"{", b'{"rows": []}', b'{"rows": [{}]}'):
             assert web.post(f"{url}/predict", content=body).status_code in (400, 422)
         assert web.get(f"{url}/predict").status_code == 405
-        wait_for(lambda: counted(url, 3), "the rows to be counted")
+        send_otherwise(url, model)
+        wait_for(lambda: counted(url, 6), "the rows to be counted")
         text = web.get(f"{url}/metrics").text
     families = {family.name: family for family in text_string_to_metric_families(text)}
     found = {name: family for name, family in families.items() if name.startswith("nbprod_")}
@@ -375,6 +376,9 @@ def test_every_metric_is_documented_and_every_documented_one_is_there(
             assert set(sample.labels) - {"le"} == set(metric.labels)
             assert sample.labels["model"] == model.tag and "pid" not in sample.labels
     reading = read_metrics(text, 0.0)
+    assert reading.by("format", "nbprod_requests_total", key="") == {"rows": 1, "arrow": 1, "tensors": 1}
+    endpoints = reading.by("endpoint", "bentoml_service_request_total", http_response_code="200")
+    assert endpoints[f"/v2/models/{model.name}/infer"] == 1
     assert reading.by("kind", "nbprod_unusual_values_total", column="carrier") == {"unseen": 1}
     assert reading.by("kind", "nbprod_unusual_values_total", column="wind") == {"below": 0, "above": 1}
     reasons = reading.by("reason", "nbprod_rejected_total")
@@ -384,6 +388,24 @@ def test_every_metric_is_documented_and_every_documented_one_is_there(
     assert reading.by("range", "nbprod_feature_reference", column="distance").keys() == {""}, "it is private"
     (info,) = (dict(labels) for labels in reading.values["nbprod_model_info"])
     assert info["compiled"] == "whole" and info["rows"] == "200" and info["estimator"]
+
+
+def send_otherwise(url: str, model: Model) -> None:
+    """Two flights as an Arrow stream, and one as tensors."""
+    flights = pa.Table.from_pandas(make_flights(2), preserve_index=False)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, flights.schema) as stream:
+        stream.write_table(flights)
+    kind = {"content-type": "application/vnd.apache.arrow.stream"}
+    body = sink.getvalue().to_pybytes()
+    assert web.post(f"{url}/predict", content=body, headers=kind).status_code == 200
+    (row,) = plain_rows(model.contract, make_flights(1))
+    types = {"carrier": "BYTES", "wind": "FP64", "distance": "INT64"}
+    tensors = [
+        {"name": name, "shape": [1], "datatype": types[name], "data": [value]} for name, value in row.items()
+    ]
+    answer = web.post(f"{url}/v2/models/{model.name}/infer", json={"inputs": tensors})
+    assert answer.status_code == 200, answer.text
 
 
 # Drift by anything that reads Prometheus

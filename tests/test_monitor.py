@@ -64,7 +64,7 @@ def log_rows(tag: str, flights: pd.DataFrame, outcomes: np.ndarray | None = None
     model, folder = load(tag), load_settings().predictions / "late"
     answer, ids = model.answer(flights), [f"{i:05}" for i in range(len(flights))]
     log, feedback = PredictionLog(folder, model.tag, model.contract), FeedbackLog(folder)
-    values = model.contract.reader.values(plain_rows(model.contract, flights))
+    values = model.contract.reader.check(plain_rows(model.contract, flights)).columns
     log.append(Entry(ids, values, answer.predictions, answer.probabilities, 0.01))
     if outcomes is not None:
         feedback.append(list(zip(ids, outcomes.tolist(), strict=True)))

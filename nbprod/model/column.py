@@ -40,7 +40,8 @@ class Column:
     From the author: values must be `>= ge`, `> gt`, `<= le`, `< lt`, one of the categories if `closed` (that
     is, if the author gave `categories`), and must contain a match of the regular expression `pattern`.
     `nullable` says whether a value may be missing; without a word of the author, whether one was missing in
-    training. `unit`, `description` and `example` are for readers; a `private` column is not kept in clear.
+    training. `unit`, `description` and `example` are for readers. A `private` column is not kept in the
+    prediction log: True or "drop" leaves it out, "hash" keeps keyed hashes that show only which are equal.
     """
 
     name: str = ""
@@ -60,7 +61,7 @@ class Column:
     ordered: bool = False
     pattern: str | None = None
     unit: str = ""
-    private: bool = False
+    private: bool | str = False
     nan: bool = False
 
     @cached_property
@@ -76,6 +77,13 @@ class Column:
     def codes(self) -> dict[Any, int]:
         """The position of each category."""
         return {category: code for code, category in enumerate(self.categories or ())}
+
+    @property
+    def concealment(self) -> str:
+        """What the prediction log does to the values: "" (nothing), "drop" or "hash"."""
+        if self.private == "hash":
+            return "hash"
+        return "drop" if self.private else ""
 
     @property
     def zoned(self) -> bool:

@@ -222,6 +222,9 @@ def _said(column: Column, author: Column) -> dict[str, Any]:
                 f"Column {column.name!r}: {name} is for numbers and times, not for {column.type}."
             )
         said[name] = _limit(column, name, value)
+    if said.get("private", True) not in (True, "drop", "hash"):
+        what = f"private must be True, 'drop' or 'hash', got {shorten(said['private'])}."
+        raise ContractError(f"Column {column.name!r}: {what}")
     return said
 
 

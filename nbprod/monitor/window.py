@@ -70,8 +70,8 @@ class Window:
 
     @property
     def features(self) -> pd.DataFrame:
-        """The input columns, by the names and in the order of the contract."""
-        names = self.model.contract.names
+        """The input columns, by the names and in the order of the contract, without private ones."""
+        names = [column.name for column in self.model.contract.columns if not column.private]
         return self.rows[[logged_name(name) for name in names]].set_axis(names, axis=1)
 
     def drift(self) -> list[ColumnDrift]:

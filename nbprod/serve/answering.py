@@ -25,6 +25,7 @@ from .decoding import RequestError, columns_of, decode, items, outcomes
 from .ids import is_issued, new_ids
 from .messages import Asked
 from .prediction_log import Entry, FeedbackLog, PredictionLog
+from .upkeep import Upkeep
 from ..settings import Settings
 
 if TYPE_CHECKING:
@@ -115,8 +116,10 @@ class Answerer:
         with quiet():
             given = self.compute(model.contract.reader.check(model.examples["rows"]))
         self.parity = compare(model.examples, asdict(given), model.tolerance)
-        self._log = PredictionLog(folder, model.tag, model.contract, self.metrics.bins, self.metrics.dropped)
-        self._feedback_log = FeedbackLog(folder, self.metrics.dropped)
+        self._upkeep = Upkeep(model.name, settings)
+        hear = (self.metrics.bins, self.metrics.dropped, self._upkeep.wake)
+        self._log = PredictionLog(folder, model.tag, model.contract, *hear)
+        self._feedback_log = FeedbackLog(folder, self.metrics.dropped, self._upkeep.wake)
 
     def is_quick(self, size: int) -> bool:
         """Whether a request of `size` bytes is answered within a few milliseconds."""
@@ -157,6 +160,7 @@ class Answerer:
     def keep(self, rows: CheckedRows, answer: Answer, asked: Asked, format: str = "rows") -> Answered:
         """Give each answered row an id, log it and count it."""
         ids = new_ids(self.model.name, len(rows))
+        asked.rows = len(ids)
         seconds = time.perf_counter() - asked.start
         predictions, probabilities = answer.predictions, answer.probabilities
         self._log.append(
@@ -192,6 +196,7 @@ class Answerer:
         return {"accepted": len(known), "unknown": unknown}
 
     def close(self) -> None:
-        """Write what is waiting in the logs."""
+        """Write what is waiting in the logs, and move it where it is kept."""
         self._log.close()
         self._feedback_log.close()
+        self._upkeep.close()

@@ -6,18 +6,15 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
-import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from datetime import UTC, datetime
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingsError
+from .stream_files import StreamFolder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,56 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("nbprod.serve")
 
 # %% auto #0
-__all__ = ['logger', 'SUFFIX', 'CAPACITY', 'FLUSH_SECONDS', 'StreamFile', 'read_stream', 'stream_files', 'check_writable',
-           'Backlog', 'StreamFolder', 'AppendLog']
-
-# %% ../../nbs/serve/append_log.ipynb #23640b3c
-SUFFIX = ".arrows"
-
-
-def _new_path(folder: Path) -> Path:
-    """A new file name in `folder`, sortable by the time it was made."""
-    return folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}-{uuid.uuid4().hex[:8]}{SUFFIX}"
-
-# %% ../../nbs/serve/append_log.ipynb #068ff2c1
-class StreamFile:
-    """One Arrow IPC stream on disk, begun with the schema of the first table."""
-
-    def __init__(self, folder: Path, schema: pa.Schema) -> None:
-        import pyarrow as pa
-
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path, self.schema = _new_path(folder), schema
-        self._sink = pa.OSFile(str(self.path), "wb")
-        options = pa.ipc.IpcWriteOptions(compression="zstd")
-        self._writer = pa.ipc.new_stream(self._sink, schema, options=options)
-
-    def write(self, table: pa.Table) -> None:
-        """Append `table`; it is with the operating system when this returns."""
-        self._writer.write_table(table)
-        self._sink.flush()
-
-    def close(self) -> None:
-        """End the stream. A file that is never closed is read as well, up to its last complete batch."""
-        try:
-            self._writer.close()
-        finally:
-            self._sink.close()
-
-# %% ../../nbs/serve/append_log.ipynb #8854d7c7
-def read_stream(path: Path) -> Iterator[pa.RecordBatch]:
-    """The complete record batches of a stream file; none if not even its schema is complete."""
-    import pyarrow as pa
-
-    # The two kinds of error are all that a torn end causes; neither says more than "up to here".
-    with suppress(pa.ArrowException, OSError), pa.OSFile(str(path), "rb") as source:
-        yield from pa.ipc.open_stream(source)
-
-# %% ../../nbs/serve/append_log.ipynb #6568b20b
-def stream_files(folder: Path, since: datetime | None = None) -> list[Path]:
-    """The stream files in `folder` that may hold something written since `since`, oldest first."""
-    earliest = since.timestamp() if since else 0.0
-    return sorted(path for path in folder.glob(f"*{SUFFIX}") if path.stat().st_mtime >= earliest)
+__all__ = ['logger', 'CAPACITY', 'FLUSH_SECONDS', 'IDLE_SECONDS', 'check_writable', 'Backlog', 'AppendLog']
 
 # %% ../../nbs/serve/append_log.ipynb #daee1ff3
 def check_writable(folder: Path) -> None:
@@ -98,28 +46,38 @@ class Backlog:
     """Items that wait for the writer; `capacity` bounds the sum of their rows."""
 
     def __init__(self, capacity: int) -> None:
-        self._capacity, self._rows = capacity, 0
+        self._capacity, self._rows, self._closed = capacity, 0, False
         self._items: deque[tuple[Any, int]] = deque()
-        self._filled, self._closed = threading.Condition(), threading.Event()
+        self._filled, self._hurry = threading.Condition(threading.Lock()), threading.Event()
 
     def put(self, item: Any, rows: int) -> bool:
         """Add an item of `rows` rows; False if it is refused for want of room, or after the close."""
         with self._filled:
-            if self._closed.is_set() or self._rows + rows > self._capacity:
+            if self._closed or self._rows + rows > self._capacity:
                 return False
             self._items.append((item, rows))
             self._rows += rows
-            self._filled.notify()
+            if len(self._items) == 1:
+                self._filled.notify()
+            if self._rows > self._capacity // 4:
+                self._hurry.set()
             return True
 
-    def take(self, gather: float) -> tuple[list[Any], int]:
-        """Wait for an item, then `gather` seconds for more; all items and their rows. No items: the end."""
+    def take(self, gather: float, patience: float) -> tuple[list[Any], int] | None:
+        """Wait `patience` seconds for an item, then `gather` seconds for more; all items and their rows.
+
+        None is the end: the backlog is closed and empty.
+        """
         with self._filled:
-            self._filled.wait_for(lambda: self._items or self._closed.is_set())
-        self._closed.wait(gather)
+            self._filled.wait_for(lambda: self._items or self._closed, patience)
+            if not self._items:
+                return None if self._closed else ([], 0)
+        self._hurry.wait(gather)
         with self._filled:
             taken = list(self._items)
             self._items.clear()
+            if not self._closed:
+                self._hurry.clear()
         return [item for item, _ in taken], sum(rows for _, rows in taken)
 
     def done(self, rows: int) -> None:
@@ -130,38 +88,13 @@ class Backlog:
     def close(self) -> None:
         """Refuse what comes from now on and wake the writer."""
         with self._filled:
-            self._closed.set()
+            self._closed = True
+            self._hurry.set()
             self._filled.notify()
-
-# %% ../../nbs/serve/append_log.ipynb #317d331d
-class StreamFolder:
-    """The stream files that this process writes in one folder, one at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._file: StreamFile | None = None
-
-    def write(self, table: pa.Table) -> None:
-        """Append `table` to the file of its schema."""
-        if self._file is None or not self._file.schema.equals(table.schema, check_metadata=True):
-            self.close()
-            self._file = StreamFile(self.folder, table.schema)
-        try:
-            self._file.write(table)
-        except Exception:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Close the file, if there is one."""
-        file, self._file = self._file, None
-        if file is not None:
-            # A file that cannot be closed has its complete batches all the same.
-            with suppress(Exception):
-                file.close()
 
 # %% ../../nbs/serve/append_log.ipynb #792e10b7
 FLUSH_SECONDS = 0.1
+IDLE_SECONDS = 5.0  # after which the writer looks whether its file is due
 
 
 def _ignore(_: Any) -> None:
@@ -185,9 +118,9 @@ def _try(step: Callable[[Any], Any], value: Any, what: str) -> tuple[bool, Any]:
 class AppendLog:
     """A log that any thread appends to without waiting and one thread writes.
 
-    `to_table` turns a list of appended items into a `pyarrow.Table`. It is written as `conceal` gives it; then
-    `listener` is called with the table as it was before. `on_dropped` is called with the number of rows that
-    were refused or could not be written.
+    `to_table` turns a list of appended items into a `pyarrow.Table`. It is written as `conceal` gives it;
+    then `listener` is called with the table as it was before. `on_dropped` is called with the number of rows
+    that were refused or could not be written, `on_closed` when a file of the log is closed.
     """
 
     def __init__(
@@ -197,9 +130,10 @@ class AppendLog:
         listener: Callable[[pa.Table], None] = _ignore,
         on_dropped: Callable[[int], None] = _ignore,
         conceal: Callable[[pa.Table], pa.Table] = _as_it_is,
+        on_closed: Callable[[], object] = lambda: None,
         capacity: int = CAPACITY,
     ) -> None:
-        self._streams, self._backlog = StreamFolder(folder), Backlog(capacity)
+        self._streams, self._backlog = StreamFolder(folder, on_closed), Backlog(capacity)
         self._to_table, self._conceal = to_table, conceal
         self._listener, self._on_dropped = listener, on_dropped
         self._thread = threading.Thread(target=self._run, name=f"nbprod-log-{folder.name}", daemon=True)
@@ -218,18 +152,22 @@ class AppendLog:
         self._thread.join(timeout)
 
     def _run(self) -> None:
-        while True:
-            items, rows = self._backlog.take(FLUSH_SECONDS)
-            if not items:
-                break
-            where = f"{rows} rows in {self._streams.folder}"
-            made, table = _try(self._to_table, items, f"Making a table of {where}")
-            if not (made and _try(self._write, table, f"Logging {where}")[0]):
-                _try(self._on_dropped, rows, f"Counting {where}")
-            if made:
-                _try(self._listener, table, f"Counting {where}")
-            self._backlog.done(rows)
+        while (taken := self._backlog.take(FLUSH_SECONDS, IDLE_SECONDS)) is not None:
+            items, rows = taken
+            if items:
+                self._log(items, rows)
+            else:
+                self._streams.rotate()
         self._streams.close()
+
+    def _log(self, items: list[Any], rows: int) -> None:
+        where = f"{rows} rows in {self._streams.folder}"
+        made, table = _try(self._to_table, items, f"Making a table of {where}")
+        if not (made and _try(self._write, table, f"Logging {where}")[0]):
+            _try(self._on_dropped, rows, f"Counting {where}")
+        if made:
+            _try(self._listener, table, f"Counting {where}")
+        self._backlog.done(rows)
 
     def _write(self, table: pa.Table) -> None:
         self._streams.write(self._conceal(table))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -20,13 +21,15 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from ..errors import ServeError
+from ..errors import ServeError, UsageError
 from ..files import write_atomic
 from ..model.library import unpack_library
 from ..model.store import Model, check_loadable
 from ..model.trust import Trust
 from ..release.ledger import resolve
 from ..model.parity import Parity, compare
+from .guard import is_loopback
+from .keys import VARIABLE, load_keys
 from nbprod.serve.process import (
     check_port,
     descendants,
@@ -43,7 +46,8 @@ from ..settings import Settings, bentoml_home, load_settings
 
 # %% auto #0
 __all__ = ['PARITY_FILE', 'service_module', 'copy_source', 'bentofile', 'write_context', 'staging_home', 'run_bentoml_build',
-           'post', 'check_parity', 'require_parity', 'BuiltBento', 'find_bento', 'publish', 'build', 'serve']
+           'post', 'check_parity', 'require_parity', 'BuiltBento', 'find_bento', 'publish', 'build', 'check_host',
+           'serve']
 
 # %% ../../nbs/serve/bento.ipynb #5b5082c8
 _SERVICE = '''"""The service of {tag}, made by nbprod. Run it with: bentoml serve {tag}"""
@@ -139,21 +143,20 @@ def run_bentoml_build(model: Model, context: Path, home: Path) -> Path:
     return built
 
 # %% ../../nbs/serve/bento.ipynb #d6ef65ca
-def post(url: str, value: Any, timeout: float = 60.0) -> Any:
-    """The JSON answer to POST `value` as JSON; raises `OSError` where there is none."""
-    request = urllib.request.Request(
-        url, data=json.dumps(value).encode(), headers={"Content-Type": "application/json"}
-    )
+def post(url: str, value: Any, timeout: float = 60.0, key: str = "") -> Any:
+    """The JSON answer to POST `value` as JSON, with an API key if any; raises `OSError` if it fails."""
+    headers = {"Content-Type": "application/json"} | ({"X-API-Key": key} if key else {})
+    request = urllib.request.Request(url, data=json.dumps(value).encode(), headers=headers)
     with urllib.request.urlopen(request, timeout=timeout) as response:
         return json.load(response)
 
 # %% ../../nbs/serve/bento.ipynb #cbb0d6bd
 def check_parity(model: Model, home: Path, settings: Settings) -> Parity:
     """Serve the Bento of `model` in `home` and compare its answers to the golden examples."""
-    aside = replace(settings, store=home / "store")
-    environ = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    aside, key = replace(settings, store=home / "store", remote="", keys_file=None), secrets.token_urlsafe()
+    environ = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", VARIABLE: f"check:{key}"}
     with start_service(model.tag, home=home, settings=aside, environ=environ) as url:
-        given = post(f"{url}/predict", {"rows": model.examples["rows"]})
+        given = post(f"{url}/predict", {"rows": model.examples["rows"]}, key=key)
     return compare(model.examples, given, model.tolerance)
 
 # %% ../../nbs/serve/bento.ipynb #d67ee332
@@ -219,6 +222,15 @@ def build(
         publish(staged, bentoml_home() / "bentos" / found.name / found.version, staging / "replaced")
     return BuiltBento(found.tag, bentoml_home() / "bentos" / found.name / found.version, parity.as_dict())
 
+# %% ../../nbs/serve/bento.ipynb #c53ff06a
+def check_host(host: str, settings: Settings) -> None:
+    """Raise `UsageError` for an address that others reach, if neither keys nor `open` were set."""
+    if not (is_loopback(host) or settings.open or load_keys(settings).locked):
+        raise UsageError(
+            f"Without API keys a service listens on this machine only; on {host} it would answer anybody. "
+            "Set NBPROD_KEYS=name:secret, or NBPROD_KEYS_FILE to a file of such lines; or say --open."
+        )
+
 # %% ../../nbs/serve/bento.ipynb #2e217cb3
 @contextmanager
 def _terminable() -> Iterator[None]:
@@ -248,10 +260,12 @@ def serve(
 ) -> None:
     """Serve `model` over REST until Ctrl-C or SIGTERM; its Bento is built first if need be.
 
-    Raises `ServeError` if the port is taken or the service ends by itself.
+    Raises `UsageError` if others could reach it without a key, against the settings; `ServeError`
+    if the port is taken or the service ends by itself.
     """
-    check_port(host, port)
     settings = settings or load_settings(required=False)
+    check_host(host, settings)
+    check_port(host, port)
     built = build(model, allow_pickle=allow_pickle, settings=settings)
     arguments = serve_arguments(built.bento, host, port)
     with private_home(bentoml_home()) as home:

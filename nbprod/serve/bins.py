@@ -29,7 +29,7 @@ Child = Callable[..., Any]
 
 
 class BinCounter:
-    """Counts values into the bins of `histogram`; `child` gives the counter of a bin by its position as text."""
+    """Counts values into the bins of `histogram`; `child` gives the counter of a bin, by its position."""
 
     def __init__(self, histogram: Histogram, child: Child) -> None:
         self._histogram = histogram
@@ -113,6 +113,7 @@ class _Constant:
         self._families = families
 
     def collect(self) -> list[Any]:
+        """All families."""
         return self._families
 
 # %% ../../nbs/serve/bins.ipynb #090f2550

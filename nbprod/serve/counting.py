@@ -86,7 +86,7 @@ def _lives(process: int) -> bool:
 
 
 def forget_dead_workers(folder: str) -> None:
-    """Remove what dead processes said in prometheus_client's `folder` of what is true only while they live."""
+    """Remove from prometheus_client's `folder` what dead processes said of themselves."""
     for path in Path(folder).glob("gauge_live*_*.db") if folder else ():
         process = int(path.stem.rpartition("_")[2])
         if not _lives(process):

@@ -79,7 +79,8 @@ def _places(value: Any) -> Iterator[Finding]:
     for each in value.values() if isinstance(value, dict) else ():
         for index, column, number in _cells(each):
             if isinstance(number, NotFinite):
-                message = f"{number.text} is no number in JSON; send null for a missing value"
+                shown = shorten(number.text)[1:-1]
+                message = f"{shown} is no number in JSON; send null for a missing value"
                 yield {"row": index, "column": shorten(column)[1:-1], "message": message}
 
 

@@ -87,15 +87,15 @@ def bounded_service(*paths: str) -> type[Service[Any]]:
     `paths` are those that middleware answers; they need no learning.
     """
     from bentoml import Service
-    from starlette.routing import Mount, Route
 
     class BoundedService(Service[Any]):
         def to_asgi(self, is_main: bool = True) -> Any:
             if (TruePath, {}) not in self.middlewares:
                 self.middlewares.insert(0, (TruePath, {}))
             app: Any = super().to_asgi(is_main)
-            own = [route.path for route in app.routes if isinstance(route, Route)]
-            folders = [route.path for route in app.routes if isinstance(route, Mount) and route.path]
+            # Starlette's routes have methods, its mounts have routes of their own.
+            own = [route.path for route in app.routes if hasattr(route, "methods")]
+            folders = [route.path for route in app.routes if hasattr(route, "routes") and route.path]
             return LabelPath(app, Endpoints([*own, *paths], folders))
 
     return BoundedService

@@ -9,9 +9,11 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
+from traceback import clear_frames
 from typing import Any
 
 from ..errors import ContractError, NbprodError
+from .arrivals import Arrivals
 from .compression import gunzip
 from .decoding import GZIP, RequestError, check_headers
 
@@ -19,7 +21,7 @@ logger = logging.getLogger("nbprod.serve")
 
 # %% auto #0
 __all__ = ['logger', 'Message', 'Receive', 'Send', 'Application', 'UNEXPECTED', 'QUICK_PACKED', 'JSON', 'LONGEST_ID', 'Reply',
-           'json_reply', 'status_of', 'error_reply', 'reason', 'read_body', 'unpack', 'Asked', 'read_request']
+           'json_reply', 'status_of', 'error_reply', 'forget', 'reason', 'read_body', 'unpack', 'Asked', 'read_request']
 
 # %% ../../nbs/serve/messages.ipynb #9ee73980
 Message = MutableMapping[str, Any]
@@ -69,6 +71,15 @@ def error_reply(error: Exception, headers: Mapping[str, str] | None = None) -> R
         return json_reply({"error": UNEXPECTED, "detail": []}, status)
     detail = error.detail if isinstance(error, ContractError) else []
     return json_reply({"error": str(error), "detail": detail}, status, headers)
+
+# %% ../../nbs/serve/messages.ipynb #c75495b2
+def forget(error: BaseException | None) -> None:
+    """Let go of what the frames of a handled error and of its causes hold."""
+    while error is not None:
+        clear_frames(error.__traceback__)
+        cause = error.__cause__ or error.__context__
+        error.__traceback__ = error.__cause__ = error.__context__ = None
+        error = cause
 
 # %% ../../nbs/serve/messages.ipynb #18110157
 def reason(error: Exception) -> str:
@@ -121,6 +132,7 @@ class Asked:
     request: str | None = None
     key: str | None = None
     start: float = 0.0
+    rows: int | None = None
 
     def __post_init__(self) -> None:
         self.start = self.start or time.perf_counter()
@@ -130,13 +142,19 @@ JSON = b"application/json"
 LONGEST_ID = 128  # characters
 
 
-async def read_request(scope: Message, receive: Receive, limit: int) -> Asked:
-    """What is asked, with a body of at most `limit` bytes; raises `RequestError`."""
+async def read_request(
+    scope: Message, receive: Receive, limit: int, arrivals: Arrivals | None = None
+) -> Asked:
+    """What is asked, with a body of at most `limit` bytes that comes in the time that `arrivals` gives it.
+
+    Raises `RequestError`.
+    """
     start, headers = time.perf_counter(), dict(scope["headers"])
     kind, encoding = headers.get(b"content-type", JSON), headers.get(b"content-encoding", b"")
     if kind != JSON or encoding:
         check_headers(kind.decode("latin-1"), encoding.decode("latin-1"))
-    body = await read_body(receive, headers.get(b"content-length", b""), limit)
+    reading = read_body(receive, headers.get(b"content-length", b""), limit)
+    body = await (reading if arrivals is None else arrivals.within_time(reading))
     if encoding and encoding.strip().lower().decode("latin-1") in GZIP:
         body = await unpack(body, limit)
     request = headers.get(b"x-request-id")

@@ -32,7 +32,8 @@ _TABLE = (
         "nbprod_requests_total",
         "counter",
         ("model", "key", "format"),
-        "Requests answered with predictions, by name of the API key (empty without one) and format of the rows",
+        "Requests answered with predictions, by name of the API key (empty without one) and format of what "
+        "was sent: rows (JSON), arrow or tensors",
     ),
     MetricName(
         "nbprod_predictions_total",
@@ -90,8 +91,8 @@ _TABLE = (
         "nbprod_model_info",
         "constant",
         ("model", "run", "commit", "estimator", "format", "compiled", "rows"),
-        "1; the labels say what is served: its run, commit, kind of model, file format, compiled whole, part or "
-        "no, and the rows it was profiled on",
+        "1; the labels say what is served: its run, commit, kind of model, file format, compiled whole, part "
+        "or no, and the rows it was profiled on",
     ),
 )
 METRICS = {each.name: each for each in _TABLE}

@@ -7,32 +7,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import NotFoundError, did_you_mean
 from ..model.contract import Contract
-from .append_log import AppendLog, _ignore, read_stream, stream_files
+from .append_log import AppendLog, _as_it_is, _ignore
+from .arrow_arrays import arrow_array
+from .compaction import compact as compact
+from .log_reading import feedback as feedback, predictions as predictions
 from nbprod.serve.log_table import (
-    OWN_COLUMNS,
     Entry as Entry,
-    feature_frame,
     logged_name as logged_name,
+    microseconds,
     to_table as to_table,
 )
-from ..settings import Settings, load_settings
+from .private_columns import concealer
 
 if TYPE_CHECKING:
-    import pandas as pd
     import pyarrow as pa
 
 # %% auto #0
-__all__ = ['PredictionLog', 'FeedbackLog', 'predictions', 'feedback']
+__all__ = ['PredictionLog', 'FeedbackLog']
 
 # %% ../../nbs/serve/prediction_log.ipynb #0873ec14
 class PredictionLog:
-    """The rows that this process answers, appended below `folder`; `model` is the version's tag."""
+    """The rows that this process answers, appended below `folder`; `model` is the version's tag.
+
+    `listener` is called with each table before private columns are concealed, `on_dropped` with the number of
+    rows that were lost, `on_closed` when a file is closed.
+    """
 
     def __init__(
         self,
@@ -41,11 +45,13 @@ class PredictionLog:
         contract: Contract,
         listener: Callable[[pa.Table], None] = _ignore,
         on_dropped: Callable[[int], None] = _ignore,
+        on_closed: Callable[[], object] = lambda: None,
     ) -> None:
         def table(entries: list[Entry]) -> pa.Table:
             return to_table(entries, model, contract)
 
-        self._log = AppendLog(folder / "predictions", table, listener, on_dropped)
+        conceal = concealer(contract, folder.parent) or _as_it_is
+        self._log = AppendLog(folder / "predictions", table, listener, on_dropped, conceal, on_closed)
 
     def append(self, entry: Entry) -> bool:
         """Log one answered request; returns at once. False: its rows were dropped, for want of room."""
@@ -59,17 +65,25 @@ class PredictionLog:
 def _feedback_table(entries: list[tuple[datetime, list[tuple[str, Any]]]]) -> pa.Table:
     import pyarrow as pa
 
-    rows = [(time, id, json.dumps(actual)) for time, pairs in entries for id, actual in pairs]
-    times, ids, actuals = zip(*rows, strict=True)
-    columns = {"time": pa.array(times, pa.timestamp("us", tz="UTC")), "id": ids, "actual": actuals}
-    return pa.table(columns)
+    rows = [(microseconds(time), id, json.dumps(actual)) for time, pairs in entries for id, actual in pairs]
+    types = {"time": pa.timestamp("us", tz="UTC"), "id": pa.string(), "actual": pa.string()}
+    columns = zip(*rows, strict=True)
+    arrays = [arrow_array(given, type) for given, type in zip(columns, types.values(), strict=True)]
+    return pa.Table.from_arrays(arrays, names=list(types))
 
 # %% ../../nbs/serve/prediction_log.ipynb #e1b8dc44
 class FeedbackLog:
     """The outcomes that this process is told, appended below `folder`."""
 
-    def __init__(self, folder: Path, on_dropped: Callable[[int], None] = _ignore) -> None:
-        self._log = AppendLog(folder / "feedback", _feedback_table, on_dropped=on_dropped)
+    def __init__(
+        self,
+        folder: Path,
+        on_dropped: Callable[[int], None] = _ignore,
+        on_closed: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._log = AppendLog(
+            folder / "feedback", _feedback_table, on_dropped=on_dropped, on_closed=on_closed
+        )
 
     def append(self, pairs: Sequence[tuple[str, Any]]) -> bool:
         """Log (id, actual) pairs; returns at once. False: they were dropped, for want of room."""
@@ -78,84 +92,3 @@ class FeedbackLog:
     def close(self) -> None:
         """Write what is waiting and close the file."""
         self._log.close()
-
-# %% ../../nbs/serve/prediction_log.ipynb #566aec30
-def _moment(since: timedelta | datetime | None) -> datetime | None:
-    """`since` as a moment in UTC. A duration is counted back from now; a time without zone is local time."""
-    moment = datetime.now(UTC) - since if isinstance(since, timedelta) else since
-    return None if moment is None else moment.astimezone(UTC)
-
-# %% ../../nbs/serve/prediction_log.ipynb #24895acb
-def _read(folder: Path, since: datetime | None) -> list[pa.Table]:
-    """The tables of the stream files in `folder`, without rows from before `since`."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    tables = []
-    for path in stream_files(folder, since):
-        batches = list(read_stream(path))
-        if batches:
-            table = pa.Table.from_batches(batches)
-            tables.append(table if since is None else table.filter(pc.field("time") >= pa.scalar(since)))
-    return tables
-
-# %% ../../nbs/serve/prediction_log.ipynb #95dcc19e
-def _to_frame(table: pa.Table) -> pd.DataFrame:
-    """A table of the log as a frame, its features with the dtypes of training."""
-    contract = Contract.from_dict(json.loads((table.schema.metadata or {})[b"nbprod.contract"]))
-    own = table.select([name for name in table.column_names if name in OWN_COLUMNS]).to_pandas()
-    return own.join(feature_frame(table, contract))
-
-# %% ../../nbs/serve/prediction_log.ipynb #7c4652ee
-def _folder(name: str, settings: Settings | None) -> Path:
-    """The folder of the logs of the model called `name`."""
-    root = (settings or load_settings()).predictions
-    folder = root / name
-    if not name or not folder.is_dir():
-        known = sorted(path.name for path in root.glob("*") if path.is_dir())
-        hint = did_you_mean(name, known) or (f" There are: {', '.join(known)}." if known else "")
-        raise NotFoundError(f"No predictions of {name!r} are logged in {root}.{hint}")
-    return folder
-
-# %% ../../nbs/serve/prediction_log.ipynb #a606ea10
-def predictions(
-    name: str, since: timedelta | datetime | None = None, settings: Settings | None = None
-) -> pd.DataFrame:
-    """The logged rows of the model called `name`, all versions, oldest first.
-
-    Columns: time (UTC), id, model (tag), prediction, probability (a list in the order of the contract's
-    classes, or None), seconds (of the request), and the input columns (see `logged_name`). `since` is a
-    moment or a duration back from now. Raises `NotFoundError` if nothing was ever logged under that name.
-    """
-    import pandas as pd
-
-    frames = [_to_frame(table) for table in _read(_folder(name, settings) / "predictions", _moment(since))]
-    full = [frame for frame in frames if len(frame)] or frames[:1]
-    if not full:
-        return pd.DataFrame(columns=list(OWN_COLUMNS[:-1]))
-    together = full[0] if len(full) == 1 else pd.concat(full, ignore_index=True)
-    return together.sort_values("time", kind="stable", ignore_index=True)
-
-# %% ../../nbs/serve/prediction_log.ipynb #41538136
-def _actuals(tables: Sequence[pa.Table]) -> pd.DataFrame:
-    """The last outcome for each id: columns id, actual."""
-    import pandas as pd
-
-    if not tables:
-        return pd.DataFrame({"id": pd.Series(dtype=str), "actual": pd.Series(dtype=object)})
-    told = pd.concat([table.to_pandas() for table in tables], ignore_index=True)
-    last = told.sort_values("time", kind="stable").drop_duplicates("id", keep="last")
-    actual = pd.Series([json.loads(text) for text in last["actual"]], index=last.index, dtype=object)
-    return last[["id"]].assign(actual=actual.infer_objects())
-
-# %% ../../nbs/serve/prediction_log.ipynb #45966a4d
-def feedback(
-    name: str, since: timedelta | datetime | None = None, settings: Settings | None = None
-) -> pd.DataFrame:
-    """The logged rows of the model called `name` whose outcome is known, with the column `actual`.
-
-    `since` is about the prediction's time. Columns, order and errors are those of `predictions`.
-    """
-    rows = predictions(name, since, settings)
-    told = _read(_folder(name, settings) / "feedback", _moment(since))
-    return rows.merge(_actuals(told), on="id", how="inner")

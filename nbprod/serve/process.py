@@ -25,7 +25,7 @@ from typing import IO, Any
 
 from ..errors import ServeError
 from ..files import hold, is_held
-from ..settings import Settings, bentoml_home, limits, load_settings
+from ..settings import Settings, bentoml_home, limits, load_settings, log_settings
 
 # %% auto #0
 __all__ = ['DRAIN_SECONDS', 'free_port', 'check_port', 'link_home', 'remove_stale', 'private_home', 'service_environ',
@@ -105,7 +105,7 @@ def service_environ(
         **environ,
         "BENTOML_HOME": str(home),
         "BENTOML_CONFIG_OVERRIDES": _overrides(name, workers, environ),
-        "NBPROD_STORE": str(settings.store),
+        **log_settings(settings),
         **limits(settings),
     }
 

@@ -13,8 +13,11 @@ from ..errors import ServeError
 from ..model.pipeline import Answer
 from ..model.rows import CheckedRows
 from .answering import Answered, Answerer
+from .arrivals import Arrivals
+from .connections import Connections
 from .decoding import RequestError, decode, items
 from .forms import Form, check_json, form_of, infer_form
+from .keys import KeyRing
 from nbprod.serve.messages import (
     Application,
     Asked,
@@ -23,6 +26,7 @@ from nbprod.serve.messages import (
     Reply,
     Send,
     error_reply,
+    forget,
     json_reply,
     read_request,
     reason,
@@ -37,7 +41,9 @@ class Desk:
     """What the routes answer from: `answerer` once the service has started, `pages` by path.
 
     A page is a reply, or makes one. `infer_paths` are those at which tensors are answered. `closing` is true
-    from the moment that the process is told to end.
+    from the moment that the process is told to end. `keys` are known once the service has
+    started; without any, `open` tells whether it answers other machines. Bodies come by `arrivals`, all
+    over `connections`.
     """
 
     max_body: int
@@ -45,6 +51,10 @@ class Desk:
     pages: dict[str, Reply | Callable[[], Reply]] = field(default_factory=dict)
     infer_paths: Sequence[str] = ()
     closing: bool = False
+    keys: KeyRing | None = None
+    open: bool = False
+    arrivals: Arrivals = field(default_factory=lambda: Arrivals(seconds=10))
+    connections: Connections = field(default_factory=Connections)
 
     def opened(self) -> Answerer:
         """The answerer; raises `RequestError` 503 while there is none."""
@@ -154,14 +164,14 @@ class Routes:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one request."""
         path = scope.get("path", "")
-        if self._desk.closing:
-            send = last_response(send)
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif path in self._actions or path in self._desk.pages or path == BATCHED:
             reply = await self._reply(scope, receive, path)
+            send = last_response(send) if self._desk.closing else send  # which may be so since a moment ago
             await reply.send(send, head=scope["method"] == "HEAD")
         else:
+            send = last_response(send) if self._desk.closing else send
             await self._app(scope, receive, JsonErrors(send, path))
 
     async def _reply(self, scope: Message, receive: Receive, path: str) -> Reply:
@@ -175,12 +185,17 @@ class Routes:
             if path in self._desk.pages:
                 page = self._desk.pages[path]
                 return page if isinstance(page, Reply) else page()
-            asked = await read_request(scope, receive, self._desk.max_body)
-            return await self._actions[path](scope, asked)
+            asked = await read_request(scope, receive, self._desk.max_body, self._desk.arrivals)
+            reply = await self._actions[path](scope, asked)
+            scope["nbprod.rows"] = asked.rows
+            return reply
         except Exception as error:
             self._desk.rejected(error)
-            only = {"allow": ", ".join(allowed)} if getattr(error, "status", None) == 405 else {}
-            return error_reply(error, only)
+            # What a slow client still sends, nobody waits for.
+            special = {405: {"allow": ", ".join(allowed)}, 408: {"connection": "close"}}
+            reply = error_reply(error, special.get(getattr(error, "status", 0)))
+            forget(error)
+            return reply
 
     async def _predict(self, scope: Message, asked: Asked) -> Reply:
         return await self._answer(scope, asked, form_of(asked))

@@ -5,6 +5,7 @@
 # %% ../../nbs/serve/service.ipynb #812891ff
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import os
@@ -20,15 +21,22 @@ from ..errors import NbprodError
 from ..model.contract import json_schema
 from ..model.store import Model
 from ..model.trust import Trust
+from .access_log import AccessLog, LineWriter, to_stdout
 from .answering import Answerer
 from .append_log import check_writable
+from .arrivals import Arrivals
 from .bins import constant_metrics
+from .connections import allow_files
+from .docs_page import docs_pages
 from .endpoints import bounded_service
+from .guard import Guard, announce
+from .keys import load_keys
 from .openapi import openapi_document
 from .inference_protocol import infer_paths, protocol_pages
 from .messages import Reply, json_reply
 from .routes import BATCHED, Desk, Routes
-from ..settings import Settings, limits, load_settings
+from .tracing import tracing_options
+from ..settings import Settings, limits, load_settings, log_settings
 
 if TYPE_CHECKING:
     from bentoml import Service
@@ -37,9 +45,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("nbprod.serve")
 
 # %% auto #0
-__all__ = ['logger', 'SECURITY_POLICY', 'SWITCH_SECONDS', 'DURATION_BUCKETS', 'CONCURRENT', 'BATCH_MILLISECONDS', 'api_types',
-           'model_facts', 'notebook_page', 'pages', 'calm_interpreter', 'prepare_deployment', 'open_desk', 'close_desk',
-           'is_ready', 'watch_signals', 'service_options', 'create_service']
+__all__ = ['logger', 'SECURITY_POLICY', 'SWITCH_SECONDS', 'LEAVE_SECONDS', 'DURATION_BUCKETS', 'CONCURRENT', 'BATCH_MILLISECONDS',
+           'api_types', 'model_facts', 'notebook_page', 'pages', 'calm_interpreter', 'prepare_deployment', 'open_desk',
+           'close_desk', 'is_ready', 'watch_signals', 'service_options', 'create_service']
 
 # %% ../../nbs/serve/service.ipynb #33c765b5
 def api_types(model: Model) -> dict[str, type[BaseModel]]:
@@ -108,6 +116,7 @@ def pages(model: Model, notebook: Path | None, document: Mapping[str, Any]) -> d
         "/model": json_reply(model_facts(model)),
         "/notebook": notebook_page(notebook),
         "/docs.json": json_reply(openapi_document(model, document)),
+        **docs_pages(model.tag),
     }
 
 # %% ../../nbs/serve/service.ipynb #0e5f1b02
@@ -127,17 +136,21 @@ def prepare_deployment(name: str) -> None:
 
     try:
         settings = load_settings(required=False)
+        load_keys(settings)
         check_writable(settings.predictions / name)
     except NbprodError as error:
         raise BentoMLException(str(error)) from error
-    os.environ["NBPROD_STORE"] = str(settings.store)
-    os.environ |= limits(settings)
+    allow_files()
+    os.environ |= log_settings(settings) | limits(settings)
 
 # %% ../../nbs/serve/service.ipynb #577cab1e
 def open_desk(desk: Desk, model: Model, notebook: Path | None, service: Service[Any]) -> None:
     """Load the model and make the pages that `desk` answers from."""
     settings = load_settings(required=False)
-    desk.max_body = settings.max_body
+    desk.max_body, desk.arrivals = settings.max_body, Arrivals(settings.receive_timeout)
+    desk.keys, desk.open = load_keys(settings), settings.open
+    desk.connections.watch()
+    announce(desk)
     desk.pages.update(pages(model, notebook, service.openapi_spec.asdict()))
     desk.pages.update(protocol_pages(model, partial(is_ready, desk)))
     desk.answerer = Answerer(model, settings)
@@ -150,19 +163,31 @@ def open_desk(desk: Desk, model: Model, notebook: Path | None, service: Service[
 # %% ../../nbs/serve/service.ipynb #78197d26
 def close_desk(desk: Desk) -> None:
     """Stop answering and write what waits in the logs."""
+    desk.connections.close()
     answerer, desk.answerer = desk.answerer, None
     if answerer is not None:
         answerer.close()
 
 # %% ../../nbs/serve/service.ipynb #62603174
 def is_ready(desk: Desk) -> bool:
-    """Whether the service has started and answers its golden examples as it should."""
-    return desk.answerer is not None and desk.answerer.parity.equal
+    """Whether the service has started, answers its golden examples as it should, and is not about to end."""
+    return desk.answerer is not None and desk.answerer.parity.equal and not desk.closing
 
 # %% ../../nbs/serve/service.ipynb #f7250674
+LEAVE_SECONDS = 0.5
+
+
 def _close_then(desk: Desk, handler: Callable[..., Any], *arguments: Any) -> None:
-    desk.closing = True
-    handler(*arguments)
+    again, desk.closing = desk.closing, True
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        again = True
+    if again:
+        handler(*arguments)
+    else:
+        # A loop that sleeps would not notice a timer that a signal's handler sets.
+        loop.call_soon_threadsafe(loop.call_later, LEAVE_SECONDS, handler, *arguments)
 
 # %% ../../nbs/serve/service.ipynb #650eb8e6
 def watch_signals(desk: Desk) -> None:
@@ -191,7 +216,7 @@ def service_options(settings: Settings) -> dict[str, Any]:
         "metrics": {"duration": {"buckets": DURATION_BUCKETS}},
         "traffic": {"timeout": settings.timeout, "max_concurrency": CONCURRENT},
         "logging": {"access": {"enabled": False}},
-        "tracing": {"excluded_urls": ".*"},
+        "tracing": tracing_options(),
     }
 
 # %% ../../nbs/serve/service.ipynb #57f7ae83
@@ -210,6 +235,7 @@ def create_service(
     model = Model(str(reference.tag), Path(reference.resolve().path), trust)
     types, settings = api_types(model), load_settings(required=False)
     desk = Desk(max_body=0, infer_paths=infer_paths(model))
+    lines = LineWriter(to_stdout)
 
     class ModelService:
         # An attribute of this type is how BentoML learns which model belongs into the image.
@@ -251,10 +277,14 @@ def create_service(
         @bentoml.on_shutdown
         def close(self) -> None:
             close_desk(desk)
+            lines.close()
 
     ModelService.__doc__ = f"Predictions of the model {model.tag}."
-    of_class = bounded_service("/model", "/notebook", "/docs.json")
+    of_class = bounded_service("/model", "/notebook", "/docs.json", "/docs", *desk.infer_paths)
     options = service_options(settings)
     service: Service[Any] = bentoml.service(name=model.name, service_class=of_class, **options)(ModelService)
+    if settings.access_log is not None:
+        service.add_asgi_middleware(AccessLog, writer=lines, share=settings.access_log)
+    service.add_asgi_middleware(Guard, desk=desk)
     service.add_asgi_middleware(Routes, desk=desk)
     return service

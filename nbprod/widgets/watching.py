@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 from ..errors import UsageError
 from ..monitor.metrics import Scrape, read_metrics
+from ..serve.keys import key_headers
 from .history import History, Watched, read_model
 from .snapshot import snapshot
 
@@ -53,7 +54,7 @@ def trouble(error: Exception, timeout: float) -> str:
     if isinstance(reason, TimeoutError):
         return f"timed out after {timeout:.0f} s"
     if isinstance(error, HTTPError):
-        return f"HTTP {error.code}"
+        return "it wants an API key: NBPROD_KEY" if error.code == 401 else f"HTTP {error.code}"
     return str(getattr(reason, "strerror", None) or reason or "broken answer").lower()
 
 # %% ../../nbs/widgets/watching.ipynb #eeddbe35
@@ -62,8 +63,10 @@ TIMEOUT, LARGEST_PAGE = 2.0, 32 * 1024 * 1024
 
 def read_page(url: str, timeout: float) -> bytes:
     """The body at `url`; raises TimeoutError when it takes longer or is longer than a page may be."""
-    deadline, body = time.monotonic() + timeout, b""
-    with urlopen(url, timeout=timeout) as response:
+    deadline, body, request = time.monotonic() + timeout, b"", Request(url)
+    for name, value in key_headers().items():
+        request.add_unredirected_header(name, value)  # another server shall not get the key
+    with urlopen(request, timeout=timeout) as response:
         while part := response.read1(1 << 16):
             body += part
             if time.monotonic() > deadline or len(body) > LARGEST_PAGE:
