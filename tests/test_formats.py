@@ -22,7 +22,7 @@ from late_flights import Served
 from running import wait_for
 from test_contract_served import FLIGHTS
 
-from nbprod.client import as_table
+from nbprod.client_tables import as_table
 from nbprod.model.arrow_decoder import ArrowDecoder
 from nbprod.model.column_decoder import ColumnDecoder
 from nbprod.model.contract import infer_contract, plain_rows
