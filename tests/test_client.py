@@ -252,11 +252,11 @@ def test_another_version_with_more_columns_is_noticed(late_flights: Served, serv
     earlier = json.loads(json.dumps(service.model)) | {"model": "late_flights:v0"}
     earlier["contract"]["columns"].pop()
     frame = late_flights.flights[:100]
-    with between(late_flights.url, pages=[json.dumps(earlier).encode()]) as (url, seen):
-        with nbprod.connect(url) as client:
-            assert client.model["model"] == "late_flights:v0"
-            assert (client.predict(frame) == late_flights.model.predict(frame)).all()
-            assert client.model["model"] == "late_flights:v1"
+    pages = [json.dumps(earlier).encode()]
+    with between(late_flights.url, pages=pages) as (url, seen), nbprod.connect(url) as client:
+        assert client.model["model"] == "late_flights:v0"
+        assert (client.predict(frame) == late_flights.model.predict(frame)).all()
+        assert client.model["model"] == "late_flights:v1"
     assert seen["/predict"] == 2
 
 
