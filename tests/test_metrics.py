@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import socket
 import subprocess
@@ -406,6 +407,29 @@ def send_otherwise(url: str, model: Model) -> None:
     ]
     answer = web.post(f"{url}/v2/models/{model.name}/infer", json={"inputs": tensors})
     assert answer.status_code == 200, answer.text
+
+
+def test_requests_are_counted_by_the_name_of_their_key(
+    built: BuiltBento, project: Settings, tmp_path: Path, model: Model
+) -> None:
+    secrets = {"billing": "b" * 40, "planning": "p" * 40}
+    keys = {"NBPROD_KEYS": ",".join(f"{name}:{secret}" for name, secret in secrets.items())}
+    settings = replace(project, store=tmp_path / "store")
+    with start_service(built.bento, workers=2, settings=settings, environ=os.environ | keys) as url:
+        for secret, times in (
+            (secrets["billing"], 3),
+            (secrets["planning"], 1),
+            ("x" * 40, 2),
+            ("y" * 40, 2),
+        ):
+            for _ in range(times):
+                body = {"rows": some_rows(model, 1)}
+                web.post(f"{url}/predict", json=body, headers={"x-api-key": secret})
+        text = web.get(f"{url}/metrics", headers={"x-api-key": secrets["billing"]}).text
+    reading = read_metrics(text, 0.0)
+    assert reading.by("key", "nbprod_requests_total") == {"billing": 3, "planning": 1}
+    assert reading.by("reason", "nbprod_rejected_total") == {"key": 4}
+    assert not any(secret in text for secret in (*secrets.values(), "x" * 40, "y" * 40))
 
 
 # Drift by anything that reads Prometheus

@@ -43,7 +43,7 @@ _PATH = "nbprod.path"
 
 
 class LabelPath:
-    """ASGI application around all of `app`: requests go in with the label of their path."""
+    """ASGI middleware around all others: requests go in with the label of their path."""
 
     def __init__(self, app: Application, endpoints: Endpoints) -> None:
         self._app, self._endpoints = app, endpoints
@@ -96,6 +96,7 @@ def bounded_service(*paths: str) -> type[Service[Any]]:
             # Starlette's routes have methods, its mounts have routes of their own.
             own = [route.path for route in app.routes if hasattr(route, "methods")]
             folders = [route.path for route in app.routes if hasattr(route, "routes") and route.path]
-            return LabelPath(app, Endpoints([*own, *paths], folders))
+            app.add_middleware(LabelPath, endpoints=Endpoints([*own, *paths], folders))
+            return app
 
     return BoundedService
