@@ -8,176 +8,18 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .client_tables import JSON, Answers, Table, as_table, read_answer, to_json, together
 from .errors import ContractError, ServiceError, UsageError
 
 if TYPE_CHECKING:
     import httpx
     import numpy as np
-    import pyarrow as pa
 
 # %% auto #0
-__all__ = ['FEW', 'JSON', 'ARROW', 'TRIES', 'BUSY', 'LONGEST_PAUSE', 'LARGEST', 'json_default', 'to_json', 'Table', 'as_table',
-           'Answers', 'value_array', 'read_answer', 'together', 'pause', 'unreachable', 'refused', 'Client', 'connect']
-
-# %% ../nbs/client.ipynb #c4c3d675
-FEW = 50  # rows
-
-
-def json_default(value: Any) -> Any:
-    """A value of pandas or NumPy as JSON has it."""
-    if hasattr(value, "isoformat"):
-        return value.isoformat() if value == value else None  # NaT is not equal to itself
-    if hasattr(value, "item"):
-        return value.item()
-    if type(value).__name__ == "NAType":
-        return None
-    raise TypeError(f"a value of the type {type(value).__name__} cannot be sent")
-
-
-def to_json(value: Any) -> bytes:
-    """`value` as JSON; NaN becomes null. Raises `UsageError` for what JSON does not have."""
-    import orjson
-
-    try:
-        return orjson.dumps(value, default=json_default, option=orjson.OPT_PASSTHROUGH_DATETIME)
-    except TypeError as error:
-        raise UsageError(f"The rows cannot be sent: {error.__cause__ or error}.") from error
-
-# %% ../nbs/client.ipynb #2dc2bbde
-JSON, ARROW = "application/json", "application/vnd.apache.arrow.stream"
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows in the form in which they are sent: JSON `rows`, or a `table` of Arrow."""
-
-    rows: Sequence[Any] | None = None
-    table: pa.Table | None = None
-
-    def __len__(self) -> int:
-        return len(self.rows) if self.table is None else self.table.num_rows  # type: ignore[arg-type]
-
-    def part(self, first: int, end: int) -> Table:
-        """The rows from `first` up to `end`."""
-        if self.table is None:
-            return Table(self.rows[first:end])  # type: ignore[index]
-        return Table(table=self.table.slice(first, end - first))
-
-    def body(self) -> tuple[bytes, str]:
-        """What is sent, and its type."""
-        if self.table is None:
-            return to_json({"rows": self.rows}), JSON
-        import pyarrow as pa
-
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, self.table.schema) as writer:
-            writer.write_table(self.table)
-        return sink.getvalue().to_pybytes(), ARROW
-
-
-def as_table(inputs: Any, names: Sequence[str]) -> Table:
-    """Rows, or those columns of a frame that are among `names`, as they are sent."""
-    if isinstance(inputs, Mapping | str | bytes):
-        raise UsageError("Give a DataFrame or a list of rows; a single row is a list of one.")
-    if hasattr(inputs, "to_dict") and hasattr(inputs, "iloc"):
-        return _of_pandas(inputs[[name for name in names if name in inputs.columns]])
-    if hasattr(inputs, "__arrow_c_stream__"):
-        import pyarrow as pa
-
-        table = pa.table(inputs)
-        return Table(table=table.select([name for name in names if name in table.column_names]))
-    return Table([*inputs])
-
-
-def _arrow(frame: Any) -> pa.Table:
-    """A frame of pandas as a table of Arrow; zones are left out before, where pyarrow warns of them."""
-    import pyarrow as pa
-
-    zoned = [name for name, dtype in frame.dtypes.items() if getattr(dtype, "tz", None) is not None]
-    plain = frame.assign(**{name: frame[name].dt.tz_convert(None) for name in zoned})
-    table = pa.Table.from_pandas(plain, preserve_index=False)
-    for name in zoned:
-        moments = table[name].cast(pa.timestamp(table[name].type.unit, "UTC"))
-        table = table.set_column(table.column_names.index(name), name, moments)
-    return table
-
-
-def _of_pandas(frame: Any) -> Table:
-    import pyarrow as pa
-
-    times = any(dtype.kind == "M" for dtype in frame.dtypes)
-    if len(frame) > FEW or times:
-        try:
-            return Table(table=_arrow(frame))
-        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
-            pass  # mixed values; which of them is wrong, the service tells
-    return Table(frame.to_dict("records"))
-
-# %% ../nbs/client.ipynb #7839ba17
-@dataclass(frozen=True)
-class Answers:
-    """What a service answered to n rows.
-
-    `predictions` is an array of n (or n by outputs), `probabilities` one of n by classes or None, `ids` has
-    n, and `model` is the tag of the version that answered.
-    """
-
-    predictions: np.ndarray
-    probabilities: np.ndarray | None
-    ids: list[str]
-    model: str
-
-
-def value_array(values: Sequence[Any]) -> np.ndarray:
-    """Predictions as an array: texts and what is mixed as objects, null among numbers as NaN."""
-    import numpy as np
-
-    kinds = {type(value) for value in values} - {type(None)}
-    if kinds == {list}:
-        return np.array(values)
-    if kinds <= {int, float}:
-        return np.array(values, dtype=float if None in values or kinds != {int} else int)
-    return np.array(values, dtype=bool if kinds == {bool} else object)
-
-
-def read_answer(kind: str, body: bytes) -> Answers:
-    """The answer in a response of the type `kind`; raises `ValueError` for what is none."""
-    import numpy as np
-
-    if kind == ARROW:
-        import pyarrow as pa
-
-        table = pa.ipc.open_stream(body).read_all()
-        given = {"predictions": table["prediction"].to_pylist(), "ids": table["id"].to_pylist()}
-        given["model"] = (table.schema.metadata or {})[b"model"].decode()
-        if "probability" in table.column_names:
-            given["probabilities"] = table["probability"].to_pylist()
-    else:
-        import orjson
-
-        given = orjson.loads(body)
-    found = given.get("probabilities")
-    probabilities = None if found is None else np.array(found, dtype=float)
-    return Answers(value_array(given["predictions"]), probabilities, given["ids"], given["model"])
-
-
-def together(parts: Sequence[Answers]) -> Answers:
-    """The answers to parts of a table as one."""
-    import numpy as np
-
-    if len(parts) == 1:
-        return parts[0]
-    probabilities = [part.probabilities for part in parts if part.probabilities is not None]
-    return Answers(
-        np.concatenate([part.predictions for part in parts]),
-        np.concatenate(probabilities) if len(probabilities) == len(parts) else None,
-        [id for part in parts for id in part.ids],
-        parts[-1].model,
-    )
+__all__ = ['TRIES', 'BUSY', 'LONGEST_PAUSE', 'LARGEST', 'pause', 'unreachable', 'refused', 'Connection', 'Client', 'connect']
 
 # %% ../nbs/client.ipynb #d6fb2aca
 TRIES = 5
@@ -247,15 +89,83 @@ def _broken(said: str, detail: list[dict[str, Any]], first: int) -> ContractErro
     )
 
 # %% ../nbs/client.ipynb #3e780c96
+class Connection:
+    """The connections to a service, which are kept; `key` is that with which `session` sends."""
+
+    def __init__(self, url: str, key: str | None, session: httpx.Client) -> None:
+        self.url, self.key, self.session = url, key, session
+
+    def send(
+        self, method: str, path: str, deadline: float, body: bytes | None = None, kind: str = JSON
+    ) -> httpx.Response:
+        """The response, at last; raises `ServiceError` where there is none before `deadline`."""
+        headers = {"content-type": kind, "accept": kind} if body is not None else {}
+        for tried in range(1, TRIES + 1):
+            answer = self._try(method, path, deadline, body, headers)
+            busy = isinstance(answer, Exception) or answer.status_code in BUSY
+            if not busy or "SSL" in str(answer):
+                break
+            said = None if isinstance(answer, Exception) else answer.headers.get("retry-after")
+            wait = pause(tried, said)
+            if tried == TRIES or time.monotonic() + wait >= deadline:
+                break
+            time.sleep(wait)
+        if isinstance(answer, Exception):
+            raise unreachable(self.url, answer) from answer
+        return answer
+
+    def _try(
+        self, method: str, path: str, deadline: float, body: bytes | None, headers: dict[str, str]
+    ) -> httpx.Response | Exception:
+        import httpx
+
+        left = max(0.001, deadline - time.monotonic())
+        try:
+            return self.session.request(method, self.url + path, content=body, headers=headers, timeout=left)
+        except httpx.TransportError as error:
+            return error
+
+    def check(self, response: httpx.Response, first: int = 0) -> None:
+        """Raise the error for a response that is none to rows from `first` on."""
+        if response.status_code != 200:
+            raise refused(self.url, response.status_code, response.content, self.key, first)
+
+    def facts(self, deadline: float) -> dict[str, Any]:
+        """What GET /model tells; raises `ServiceError` if it tells something else."""
+        response = self.send("GET", "/model", deadline)
+        self.check(response)
+        try:
+            facts: dict[str, Any] = response.json()
+            facts["contract"]["columns"], facts["model"]
+        except (ValueError, KeyError, TypeError):
+            raise ServiceError(f"What answers at {self.url} is no nbprod service.") from None
+        return facts
+
+    def ask(self, table: Table, first: int, deadline: float) -> Iterator[Answers]:
+        """The answers to a part of a table that begins at `first`; to halves of it, if it is too large."""
+        body, kind = table.body()
+        response = self.send("POST", "/predict", deadline, body, kind)
+        if response.status_code == 413 and len(table) > 1:
+            half = len(table) // 2
+            yield from self.ask(table.part(0, half), first, deadline)
+            yield from self.ask(table.part(half, len(table)), first + half, deadline)
+            return
+        self.check(response, first)
+        try:
+            yield read_answer(response.headers.get("content-type", ""), response.content)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ServiceError(f"What answers at {self.url} is no nbprod service: {error}") from error
+
+# %% ../nbs/client.ipynb #4b473bb6
 LARGEST = 10_000  # rows of a request
 
 
 class Client:
     """A served model, made by `connect`. Threads may share it; as a context manager it closes itself."""
 
-    def __init__(self, url: str, key: str | None, timeout: float, session: httpx.Client) -> None:
-        self.url, self.timeout = url, timeout
-        self._key, self._session = key, session
+    def __init__(self, connection: Connection, timeout: float) -> None:
+        self.url, self.timeout = connection.url, timeout
+        self._connection = connection
         self._facts: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
@@ -269,14 +179,15 @@ class Client:
 
     def close(self) -> None:
         """Close the connections."""
-        self._session.close()
+        self._connection.session.close()
 
     @property
     def model(self) -> dict[str, Any]:
         """What the service tells about its model: tag, contract, classes, metrics, lineage and more."""
-        if self._facts is None:
-            self._facts = self._read_facts()
-        return self._facts
+        facts = self._facts
+        if facts is None:
+            facts = self._facts = self._connection.facts(time.monotonic() + self.timeout)
+        return facts
 
     def predict(self, inputs: Any) -> np.ndarray:
         """Predictions (n) for a frame of n rows, or a list of rows: what the model's own predict gives.
@@ -295,19 +206,29 @@ class Client:
 
     def answer(self, inputs: Any) -> Answers:
         """Predictions, probabilities, and the ids by which outcomes are told; raises as `predict` does."""
-        deadline = time.monotonic() + self.timeout
-        table = as_table(inputs, [column["name"] for column in self.model["contract"]["columns"]])
+        facts, deadline = self.model, time.monotonic() + self.timeout
+        try:
+            answers = self._ask(inputs, facts, deadline)
+        except ContractError:
+            self._facts = self._connection.facts(deadline)
+            if self._facts["model"] == facts["model"]:
+                raise
+            return self._ask(inputs, self._facts, deadline)  # another version is served, of other columns
+        if answers.model != facts["model"]:
+            self._facts = None
+        return answers
+
+    def _ask(self, inputs: Any, facts: dict[str, Any], deadline: float) -> Answers:
+        """The answers to `inputs` of the columns that `facts` tell."""
+        table = as_table(inputs, [column["name"] for column in facts["contract"]["columns"]])
         if not len(table):
             raise UsageError("There are no rows to predict.")
         parts = [
             each
             for first in range(0, len(table), LARGEST)
-            for each in self._ask(table.part(first, first + LARGEST), first, deadline)
+            for each in self._connection.ask(table.part(first, first + LARGEST), first, deadline)
         ]
-        answers = together(parts)
-        if answers.model != self.model["model"]:
-            self._facts = None  # another version is served by now
-        return answers
+        return together(parts)
 
     def feedback(self, ids: Sequence[str], actuals: Sequence[Any]) -> dict[str, Any]:
         """Tell the outcomes (n) of rows that were predicted, by their ids (n).
@@ -321,71 +242,12 @@ class Client:
         result: dict[str, Any] = {"accepted": 0, "unknown": []}
         for first in range(0, len(told), LARGEST):
             body = to_json({"feedback": told[first : first + LARGEST]})
-            response = self._send("POST", "/feedback", deadline, body, JSON)
-            if response.status_code != 200:
-                raise refused(self.url, response.status_code, response.content, self._key, first)
+            response = self._connection.send("POST", "/feedback", deadline, body)
+            self._connection.check(response, first)
             given = response.json()
             result["accepted"] += given["accepted"]
             result["unknown"] += given["unknown"]
         return result
-
-    def _read_facts(self) -> dict[str, Any]:
-        response = self._send("GET", "/model", time.monotonic() + self.timeout)
-        if response.status_code != 200:
-            raise refused(self.url, response.status_code, response.content, self._key)
-        try:
-            facts: dict[str, Any] = response.json()
-            facts["contract"]["columns"], facts["model"]
-        except (ValueError, KeyError, TypeError):
-            raise ServiceError(f"What answers at {self.url} is no nbprod service.") from None
-        return facts
-
-    def _ask(self, table: Table, first: int, deadline: float) -> Iterator[Answers]:
-        """The answers to a part of a table that begins at `first`; to halves of it, if it is too large."""
-        body, kind = table.body()
-        response = self._send("POST", "/predict", deadline, body, kind)
-        if response.status_code == 413 and len(table) > 1:
-            half = len(table) // 2
-            yield from self._ask(table.part(0, half), first, deadline)
-            yield from self._ask(table.part(half, len(table)), first + half, deadline)
-            return
-        if response.status_code != 200:
-            raise refused(self.url, response.status_code, response.content, self._key, first)
-        try:
-            yield read_answer(response.headers.get("content-type", ""), response.content)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ServiceError(f"What answers at {self.url} is no nbprod service: {error}") from error
-
-    def _send(
-        self, method: str, path: str, deadline: float, body: bytes | None = None, kind: str = JSON
-    ) -> httpx.Response:
-        """The response, at last; raises `ServiceError` where there is none."""
-        import httpx
-
-        headers = {"content-type": kind, "accept": kind} if body is not None else {}
-        for tried in range(1, TRIES + 1):
-            left = max(0.001, deadline - time.monotonic())
-            failure: Exception | None = None
-            said = None
-            try:
-                response = self._session.request(
-                    method, self.url + path, content=body, headers=headers, timeout=left
-                )
-            except httpx.TransportError as error:
-                failure = error
-                if tried == TRIES or "SSL" in str(error):
-                    raise unreachable(self.url, error) from error
-            else:
-                said = response.headers.get("retry-after")
-                if response.status_code not in BUSY or tried == TRIES:
-                    return response
-            wait = pause(tried, said)
-            if time.monotonic() + wait >= deadline:
-                if failure is None:
-                    return response
-                raise unreachable(self.url, failure) from failure
-            time.sleep(wait)
-        raise AssertionError("the last try returns or raises")
 
 # %% ../nbs/client.ipynb #87c49348
 def connect(
@@ -408,7 +270,8 @@ def connect(
         raise UsageError(f"{url!r} is no address of a service; it begins with http:// or https://.")
     key = key or os.environ.get("NBPROD_KEY") or None
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    client = Client(url.rstrip("/"), key, timeout, httpx.Client(headers=headers, verify=verify))
+    session = httpx.Client(headers=headers, verify=verify)
+    client = Client(Connection(url.rstrip("/"), key, session), timeout)
     try:
         client.model
     except BaseException:

@@ -122,10 +122,14 @@ class Between(BaseHTTPRequestHandler):
     target: str
     faults: list[Fault | None]
     seen: Counter[str]
+    pages: list[bytes]
     lock = threading.Lock()
 
     def do_GET(self) -> None:
-        self.pass_on()
+        if self.pages:
+            self.reply(200, self.pages.pop(0), {"content-type": "application/json"})
+        else:
+            self.pass_on()
 
     def do_POST(self) -> None:
         with self.lock:
@@ -169,11 +173,13 @@ def status(number: int, **headers: str) -> Fault:
 
 @contextmanager
 def between(
-    target: str, *faults: Fault | None, tls: ssl.SSLContext | None = None
+    target: str, *faults: Fault | None, tls: ssl.SSLContext | None = None, pages: list[bytes] | None = None
 ) -> Iterator[tuple[str, Counter[str]]]:
     """The URL of a server that passes requests on to `target` but for `faults`; and what was asked."""
     seen: Counter[str] = Counter()
-    handler = type("Handler", (Between,), {"target": target, "faults": [*faults], "seen": seen})
+    handler = type(
+        "Handler", (Between,), {"target": target, "faults": [*faults], "seen": seen, "pages": pages or []}
+    )
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     if tls:
         server.socket = tls.wrap_socket(server.socket, server_side=True)
@@ -239,6 +245,19 @@ def test_tables_that_a_service_finds_too_large_are_sent_in_halves(late_flights: 
     ):
         assert (client.predict(frame) == late_flights.model.predict(frame)).all()
     assert seen["/predict"] == 5
+
+
+def test_another_version_with_more_columns_is_noticed(late_flights: Served, service: Client) -> None:
+    """A client that lives for months outlives the version that it connected to."""
+    earlier = json.loads(json.dumps(service.model)) | {"model": "late_flights:v0"}
+    earlier["contract"]["columns"].pop()
+    frame = late_flights.flights[:100]
+    pages = [json.dumps(earlier).encode()]
+    with between(late_flights.url, pages=pages) as (url, seen), nbprod.connect(url) as client:
+        assert client.model["model"] == "late_flights:v0"
+        assert (client.predict(frame) == late_flights.model.predict(frame)).all()
+        assert client.model["model"] == "late_flights:v1"
+    assert seen["/predict"] == 2
 
 
 # Nobody there

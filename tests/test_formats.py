@@ -4,6 +4,8 @@ import gzip
 import io
 import json
 import random
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from late_flights import Served
 from running import wait_for
 from test_contract_served import FLIGHTS
 
-from nbprod.client import as_table
+from nbprod.client_tables import as_table
 from nbprod.model.arrow_decoder import ArrowDecoder
 from nbprod.model.column_decoder import ColumnDecoder
 from nbprod.model.contract import infer_contract, plain_rows
@@ -394,3 +396,28 @@ def test_columns_of_every_type_are_read_as_rows_are() -> None:
     for table in (whole, views, texts):
         batches = table.to_batches(max_chunksize=3)
         assert ArrowDecoder(contract.reader).check(table.schema, batches).columns == expected
+
+
+LEAN = """
+import sys
+from nbprod.model.arrow_decoder import ArrowDecoder
+from nbprod.model.contract import Contract
+from nbprod.serve.answering import Answered
+from nbprod.serve.arrow_stream import read_batches, write_answer
+contract = Contract.from_dict(eval(sys.argv[1]))
+checked = ArrowDecoder(contract.reader).check(*read_batches(sys.stdin.buffer.read(), 100, 100_000))
+write_answer(Answered(["late"] * len(checked), [[0.5, 0.5]] * len(checked), ["0193"] * len(checked), "m:v1"))
+print(len(checked), {"pandas", "scipy", "sklearn"} & set(sys.modules))
+"""
+
+
+def test_arrow_is_read_and_written_without_pandas() -> None:
+    """A wholly compiled model's service has none; pyarrow would import it for many of its functions."""
+    contract = infer_contract(FLIGHTS)
+    table = as_table(FLIGHTS, contract.names).table
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, table.schema) as writer:  # type: ignore[union-attr]
+        writer.write_table(table)
+    command = [sys.executable, "-c", LEAN, repr(contract.as_dict())]
+    done = subprocess.run(command, input=sink.getvalue(), capture_output=True)
+    assert (done.stdout, done.stderr) == (b"4 set()\n", b"")

@@ -339,14 +339,14 @@ def test_a_number_too_large_for_a_float_is_named(url: str) -> None:
 def test_headers_methods_and_paths(url: str) -> None:
     json_type = {"content-type": "application/json"}
     form = web.post(f"{url}/predict", data={"rows": "1"})
-    gzip = web.post(f"{url}/predict", content=b"x", headers=json_type | {"content-encoding": "gzip"})
+    packed = web.post(f"{url}/predict", content=b"x", headers=json_type | {"content-encoding": "br"})
     wrong_method = web.get(f"{url}/predict")
     wrong_method_of_bentoml = web.post(f"{url}/livez")
     unknown = web.post(f"{url}/prediction", json={})
-    assert (form.status_code, gzip.status_code, unknown.status_code) == (415, 415, 404)
+    assert (form.status_code, packed.status_code, unknown.status_code) == (415, 415, 404)
     assert wrong_method.status_code == 405 and wrong_method.headers["allow"] == "POST"
     assert wrong_method_of_bentoml.status_code == 405 and "GET" in wrong_method_of_bentoml.headers["allow"]
-    for response in (form, gzip, wrong_method, wrong_method_of_bentoml, unknown):
+    for response in (form, packed, wrong_method, wrong_method_of_bentoml, unknown):
         assert response.headers["content-type"] == "application/json"
         assert sorted(response.json()) == ["detail", "error"]
 
@@ -419,8 +419,10 @@ def test_model_and_its_notebook(url: str, model: Model) -> None:
 
 def test_openapi_describes_every_route(url: str) -> None:
     document = web.get(f"{url}/docs.json").json()
-    routes = {"/predict", "/feedback", "/model", "/notebook", "/docs.json", "/schema.json"}
-    assert set(document["paths"]) == routes | {"/livez", "/readyz", "/healthz", "/metrics"}
+    routes = {"/predict", "/feedback", "/model", "/notebook", "/docs.json", "/docs", "/schema.json"}
+    ours = {path for path in document["paths"] if not path.startswith("/v2")}
+    assert ours == routes | {"/livez", "/readyz", "/healthz", "/metrics"}
+    assert len(document["paths"]) - len(ours) == 9, "those of the Open Inference Protocol"
     for path, item in document["paths"].items():
         if "get" in item:
             assert web.get(f"{url}{path}").status_code == 200, path

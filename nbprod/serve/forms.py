@@ -52,7 +52,10 @@ ROWS = Form(_read_json, _write_json)
 # %% ../../nbs/serve/forms.ipynb #af538520
 def _read_arrow(answerer: Answerer, asked: Asked) -> CheckedRows:
     schema, batches = read_batches(asked.body, answerer.max_rows, answerer.max_body)
-    return answerer.arrow.check(schema, batches)
+    try:
+        return answerer.arrow.check(schema, batches)
+    except UnicodeDecodeError as error:  # the name of a column or of a zone, which Arrow takes as it is
+        raise RequestError(f"The body is no Arrow IPC stream: {error}.", reason="arrow") from error
 
 
 def _write_arrow(answered: Answered) -> Reply:

@@ -149,7 +149,9 @@ def _pages() -> dict[str, Any]:
     facts = operation("model", "Contract, classes, metrics, lineage, baseline", content, "429")
     notebook = operation("notebook", "The executed notebook that made the model", page, "404 429")
     document = operation("docs", "This document", content, "429")
-    return {"/model": {"get": facts}, "/notebook": {"get": notebook}, "/docs.json": {"get": document}}
+    docs = operation("docs_page", "This document as a page, on which it can be tried", page, "429")
+    found = {"/model": facts, "/notebook": notebook, "/docs.json": document, "/docs": docs}
+    return {path: {"get": each} for path, each in found.items()}
 
 # %% ../../nbs/serve/openapi.ipynb #964eacd8
 def paths(model: Model, most: int = 10_000) -> dict[str, Any]:

@@ -57,6 +57,7 @@ ERRORS = {
     "401": "The key is missing, or not one that the service knows",
     "403": "The service has no keys, and answers its own machine only",
     "404": "There is no such thing",
+    "408": "The body did not arrive in time",
     "413": "The body is larger than the limit, or has more rows",
     "415": "The body is of another type, or packed by other than gzip",
     "429": "Too many requests at a time",
@@ -64,7 +65,7 @@ ERRORS = {
     "503": "The service is starting, ending, overloaded, or not able to log",
     "504": "The service did not answer in time",
 }
-BODY_ERRORS = "400 413 415 429 500 503 504"
+BODY_ERRORS = "400 408 413 415 429 500 503 504"
 
 # %% ../../nbs/serve/openapi_parts.ipynb #1a3ff57a
 def json_content(schema: Mapping[str, Any], example: Any = None) -> dict[str, Any]:

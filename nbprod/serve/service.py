@@ -110,12 +110,14 @@ def notebook_page(path: Path | None) -> Reply:
     return Reply(200, path.read_bytes(), headers)
 
 # %% ../../nbs/serve/service.ipynb #34f6a6da
-def pages(model: Model, notebook: Path | None, document: Mapping[str, Any]) -> dict[str, Reply]:
-    """The replies to GET, by path."""
+def pages(
+    model: Model, notebook: Path | None, document: Mapping[str, Any], *, keys: bool = False
+) -> dict[str, Reply]:
+    """The replies to GET, by path; `keys` says whether the service has API keys."""
     return {
         "/model": json_reply(model_facts(model)),
         "/notebook": notebook_page(notebook),
-        "/docs.json": json_reply(openapi_document(model, document)),
+        "/docs.json": json_reply(openapi_document(model, document, keys=keys)),
         **docs_pages(model.tag),
     }
 
@@ -151,7 +153,8 @@ def open_desk(desk: Desk, model: Model, notebook: Path | None, service: Service[
     desk.keys, desk.open = load_keys(settings), settings.open
     desk.connections.watch()
     announce(desk)
-    desk.pages.update(pages(model, notebook, service.openapi_spec.asdict()))
+    spec = service.openapi_spec.asdict()
+    desk.pages.update(pages(model, notebook, spec, keys=desk.keys.locked))
     desk.pages.update(protocol_pages(model, partial(is_ready, desk)))
     desk.answerer = Answerer(model, settings)
     watch_signals(desk)
