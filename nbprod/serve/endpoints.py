@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from .deadline import exchange_timeout
 from .messages import Application, Message, Receive, Send
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class TruePath:
 def bounded_service(*paths: str) -> type[Service[Any]]:
     """The class of a BentoML service whose request metrics have a bounded number of series.
 
-    `paths` are those that middleware answers; they need no learning.
+    Its timers end with the requests. `paths` are those that middleware answers; they need no learning.
     """
     from bentoml import Service
 
@@ -97,6 +98,7 @@ def bounded_service(*paths: str) -> type[Service[Any]]:
             own = [route.path for route in app.routes if hasattr(route, "methods")]
             folders = [route.path for route in app.routes if hasattr(route, "routes") and route.path]
             app.add_middleware(LabelPath, endpoints=Endpoints([*own, *paths], folders))
+            exchange_timeout(app)
             return app
 
     return BoundedService

@@ -45,9 +45,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("nbprod.serve")
 
 # %% auto #0
-__all__ = ['logger', 'SECURITY_POLICY', 'SWITCH_SECONDS', 'LEAVE_SECONDS', 'DURATION_BUCKETS', 'CONCURRENT', 'BATCH_MILLISECONDS',
-           'api_types', 'model_facts', 'notebook_page', 'pages', 'calm_interpreter', 'prepare_deployment', 'open_desk',
-           'close_desk', 'is_ready', 'watch_signals', 'service_options', 'create_service']
+__all__ = ['logger', 'SECURITY_POLICY', 'SWITCH_SECONDS', 'COLLECT_AFTER', 'LEAVE_SECONDS', 'DURATION_BUCKETS', 'CONCURRENT',
+           'BATCH_MILLISECONDS', 'api_types', 'model_facts', 'notebook_page', 'pages', 'calm_interpreter',
+           'prepare_deployment', 'open_desk', 'close_desk', 'is_ready', 'watch_signals', 'service_options',
+           'create_service']
 
 # %% ../../nbs/serve/service.ipynb #33c765b5
 def api_types(model: Model) -> dict[str, type[BaseModel]]:
@@ -123,12 +124,14 @@ def pages(
 
 # %% ../../nbs/serve/service.ipynb #0e5f1b02
 SWITCH_SECONDS = 0.0005
+COLLECT_AFTER = 20_000  # objects; Python's default is 700
 
 
 def calm_interpreter() -> None:
-    """Let threads give way to one another soon, and leave what was loaded out of garbage collections."""
+    """Let threads give way to one another soon, and collect garbage seldom, without what was loaded."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(COLLECT_AFTER, 20, 20)
     sys.setswitchinterval(SWITCH_SECONDS)
 
 # %% ../../nbs/serve/service.ipynb #4fe6db2f
