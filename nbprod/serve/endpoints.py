@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .deadline import exchange_timeout
 from .messages import Application, Message, Receive, Send
+from .request_metrics import lighten
 
 if TYPE_CHECKING:
     from bentoml import Service
@@ -85,7 +86,8 @@ class TruePath:
 def bounded_service(*paths: str) -> type[Service[Any]]:
     """The class of a BentoML service whose request metrics have a bounded number of series.
 
-    Its timers end with the requests. `paths` are those that middleware answers; they need no learning.
+    Its timers end with the requests, and the series that it has found are kept. `paths` are those that
+    middleware answers; they need no learning.
     """
     from bentoml import Service
 
@@ -99,6 +101,7 @@ def bounded_service(*paths: str) -> type[Service[Any]]:
             folders = [route.path for route in app.routes if hasattr(route, "routes") and route.path]
             app.add_middleware(LabelPath, endpoints=Endpoints([*own, *paths], folders))
             exchange_timeout(app)
+            lighten(app)
             return app
 
     return BoundedService
