@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ['QUICK_BYTES', 'QUICK_MICROSECONDS', 'Answered', 'split_issued', 'check_count', 'quick_bytes', 'HeldRows', 'Answerer']
 
 # %% ../../nbs/serve/answering.ipynb #183210ed
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Answered:
     """What is told of n rows: predictions, probabilities (None where the model has none), ids, model."""
 

@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import time
+from functools import lru_cache
 from typing import Any
 
 # %% auto #0
@@ -19,10 +20,14 @@ _BODY_DIGITS, _CHECK_DIGITS = 26, 6
 _ID = re.compile(f"[0-9a-f]{{{_BODY_DIGITS + _CHECK_DIGITS}}}")
 
 
+@lru_cache(maxsize=100)
+def _key(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
+
+
 def _check(name: str, body: str) -> str:
     """The checksum digits of an id's other digits, for the model called `name`."""
-    key = hashlib.sha256(name.encode()).digest()
-    return hashlib.blake2s(body.encode(), digest_size=_CHECK_DIGITS // 2, key=key).hexdigest()
+    return hashlib.blake2s(body.encode(), digest_size=_CHECK_DIGITS // 2, key=_key(name)).hexdigest()
 
 # %% ../../nbs/serve/ids.ipynb #1db2aa34
 def new_ids(name: str, count: int) -> list[str]:

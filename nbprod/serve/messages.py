@@ -30,7 +30,7 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 # %% ../../nbs/serve/messages.ipynb #cf359373
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Reply:
     """A complete response: `status`, `body` and `headers` (content-length is added when it is sent)."""
 

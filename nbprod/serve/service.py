@@ -123,7 +123,7 @@ def pages(
     }
 
 # %% ../../nbs/serve/service.ipynb #0e5f1b02
-SWITCH_SECONDS = 0.0005
+SWITCH_SECONDS = 0.00005
 COLLECT_AFTER = 20_000  # objects; Python's default is 700
 
 
