@@ -63,7 +63,7 @@ def check_count(rows: int, most: int) -> None:
         raise RequestError(message, status=413, reason="rows")
 
 # %% ../../nbs/serve/answering.ipynb #0e5f0c05
-QUICK_BYTES = 32_768
+QUICK_BYTES = 100_000
 QUICK_MICROSECONDS = 1000  # a row
 
 

@@ -5,7 +5,6 @@
 # %% ../../nbs/serve/bins.ipynb #d83fa148
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 # %% auto #0
-__all__ = ['Child', 'PAUSE', 'LONGEST_RANGE', 'SMALLEST_SHARE', 'BinCounter', 'ColumnCounter', 'TableCounter', 'shares',
+__all__ = ['Child', 'LONGEST_RANGE', 'SMALLEST_SHARE', 'BinCounter', 'ColumnCounter', 'TableCounter', 'shares',
            'constant_metrics', 'feature_psi', 'prediction_psi']
 
 # %% ../../nbs/serve/bins.ipynb #1c495610
@@ -62,9 +61,6 @@ class ColumnCounter:
             self._unusual[kind].inc(count)
 
 # %% ../../nbs/serve/bins.ipynb #f5279af9
-PAUSE = 0.00005  # seconds
-
-
 class TableCounter:
     """Counts tables of the log: columns in `features` and `unusual`, answers in `predictions` (counters)."""
 
@@ -84,7 +80,6 @@ class TableCounter:
         """Count the rows of a table of the log."""
         for each in self._columns:
             each.add(Observed(table[each.logged]))
-            time.sleep(PAUSE)
         self._predictions.add(self._baseline.prediction_values(table["prediction"], table["probability"]))
 
 

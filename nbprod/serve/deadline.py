@@ -29,20 +29,30 @@ class Deadline:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
+        task, is_late = asyncio.current_task(), False
+
+        def expire() -> None:
+            nonlocal is_late
+            is_late = True
+            if task is not None:
+                task.cancel()
+
+        timer = asyncio.get_running_loop().call_later(self._seconds, expire)
+
+        async def begin(message: Message) -> None:
+            timer.cancel()
+            await send(message)
+
         try:
-            async with asyncio.timeout(self._seconds) as limit:
-
-                async def begin(message: Message) -> None:
-                    if limit.when() is not None:
-                        limit.reschedule(None)
-                    await send(message)
-
-                await self._app(scope, receive, begin)
-        except TimeoutError:
-            if not limit.expired():
+            await self._app(scope, receive, begin)
+        except asyncio.CancelledError:
+            if not is_late or task is None:
                 raise
+            task.uncancel()
             late = f"The request was not answered within {self._seconds:g} seconds."
             await error_reply(RequestError(late, 504, "timeout")).send(send)
+        finally:
+            timer.cancel()
 
 # %% ../../nbs/serve/deadline.ipynb #5d75d171
 def exchange_timeout(application: Starlette) -> bool:
