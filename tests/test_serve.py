@@ -192,7 +192,9 @@ def test_every_caller_gets_its_own_answer(url: str, rows: list[dict[str, Any]]) 
     shuffled = random.Random(0).choices(rows[:20], k=200)
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda row: ask(url, [row]), shuffled))
-    assert [answer["probabilities"][0] for answer in answers] == [alone[json.dumps(row)] for row in shuffled]
+    given = np.array([answer["probabilities"][0] for answer in answers])
+    # Rows that are computed together may differ in the last digit from a row that is computed alone.
+    np.testing.assert_allclose(given, [alone[json.dumps(row)] for row in shuffled], rtol=1e-12)
     assert len({answer["ids"][0] for answer in answers}) == 200
 
 
