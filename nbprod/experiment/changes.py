@@ -94,7 +94,7 @@ def read_changes(
     with tempfile.TemporaryDirectory(prefix="nbprod-") as scratch:
         index = f"{scratch}/index"
         with suppress(OSError):  # a repository without files has none
-            shutil.copyfile(own, index)
+            shutil.copy2(own, index)  # with its time, by which git knows whose times it may trust
         if new:
             ask_git(top, "add", "--intent-to-add", "--force", "--", *new, GIT_INDEX_FILE=index)
         return _diff(top, index, limit)
