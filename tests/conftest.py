@@ -71,6 +71,16 @@ def store(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 @pytest.fixture(scope="session")
+def bento(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Bento of a model that compiles wholly, built in an empty folder for all who only serve it."""
+    from operating import build_delay
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("empty"))
+        return build_delay()
+
+
+@pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
     """A function that gives a TCP port of localhost which nobody listens on, another one at each call."""
     given: set[int] = set()

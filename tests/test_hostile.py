@@ -19,7 +19,6 @@ from operating import (
     BODY,
     ROW,
     Served,
-    build_delay,
     connect,
     exchange,
     head,
@@ -36,11 +35,10 @@ SLOW = 3  # seconds in which a body must have arrived
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]) -> Iterator[Served]:
+def service(
+    bento: str, tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
+) -> Iterator[Served]:
     """A service of two workers that has answered so often that its memory has settled."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("empty"))
-        bento = build_delay()
     folder = tmp_path_factory.mktemp("hostile")
     environ = {"NBPROD_RECEIVE_TIMEOUT": str(SLOW), "NBPROD_ACCESS_LOG": "0"}
     with served(bento, folder, free_port(), workers=2, **environ) as service:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from operating import BODY, OTHER, SECRET, Served, build_delay, json_lines, served, status, stop
+from operating import BODY, OTHER, SECRET, Served, json_lines, served, status, stop
 from running import wait_for
 
 from nbprod.errors import UsageError
@@ -22,14 +22,6 @@ from nbprod.settings import load_settings
 
 KEPT = "The API keys stay as they were"
 JSON = {"content-type": "application/json"}
-
-
-@pytest.fixture(scope="module")
-def bento(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Bento, built in an empty folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("empty"))
-        yield build_delay()
 
 
 @pytest.fixture(scope="module")

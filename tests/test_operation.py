@@ -23,7 +23,6 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from operating import (
     BODY,
     Served,
-    build_delay,
     connect,
     exchange,
     head,
@@ -42,14 +41,6 @@ from nbprod.serve.service import notebook_page
 from nbprod.settings import load_settings
 
 SCREENSHOTS = Path(__file__).resolve().parent.parent / "build"
-
-
-@pytest.fixture(scope="module")
-def bento(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Bento, built in an empty folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("empty"))
-        yield build_delay()
 
 
 @pytest.fixture(scope="module")
