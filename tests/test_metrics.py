@@ -116,7 +116,7 @@ def test_arrow_is_counted_as_pandas_for_every_type(name: str) -> None:
         rows = contract.reader.check(plain_rows(contract, frame))
         in_pandas = contract.check_frame(frame)
         entry = Entry([""] * len(frame), rows.columns, [0] * len(frame), None, 0.0)
-        table = to_table([entry], "m:1", contract)
+        table = to_table(entry.logged(), "m:1", contract)
         logged = table[logged_name("time")]
         expected = reference.count(in_pandas["time"])
         assert reference.count(logged).tolist() == expected.tolist() and expected.sum() == len(frame)

@@ -9,8 +9,7 @@ import logging
 import threading
 import time
 import uuid
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("nbprod.serve")
 
 # %% auto #0
-__all__ = ['logger', 'CAPACITY', 'FLUSH_SECONDS', 'IDLE_SECONDS', 'check_writable', 'Backlog', 'AppendLog']
+__all__ = ['logger', 'CAPACITY', 'Columns', 'FLUSH_SECONDS', 'IDLE_SECONDS', 'check_writable', 'Backlog', 'tables', 'AppendLog']
 
 # %% ../../nbs/serve/append_log.ipynb #daee1ff3
 def check_writable(folder: Path) -> None:
@@ -43,40 +42,45 @@ def check_writable(folder: Path) -> None:
 CAPACITY = 100_000
 
 # %% ../../nbs/serve/append_log.ipynb #b2d81aa5
+Columns = list[list[Any]]  # as many values in each
+
+
 class Backlog:
-    """Items that wait for the writer; `capacity` bounds the sum of their rows."""
+    """Rows that wait for the writer, column by column; at most `capacity` of them."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity, self._rows, self._closed = capacity, 0, False
-        self._items: deque[tuple[Any, int]] = deque()
+        self._waiting: Columns = []
         self._filled, self._hurry = threading.Condition(threading.Lock()), threading.Event()
 
-    def put(self, item: Any, rows: int) -> bool:
-        """Add an item of `rows` rows; False if it is refused for want of room, or after the close."""
+    def put(self, columns: Sequence[Sequence[Any]]) -> bool:
+        """Add rows, given as columns; False if they are refused for want of room, or after the close."""
+        (rows,) = set(map(len, columns))  # columns of different lengths would shift all that wait
         with self._filled:
             if self._closed or self._rows + rows > self._capacity:
                 return False
-            self._items.append((item, rows))
-            self._rows += rows
-            if len(self._items) == 1:
+            if not self._waiting:
+                self._waiting = [[] for _ in columns]
                 self._filled.notify()
+            for waiting, given in zip(self._waiting, columns, strict=True):
+                waiting += given
+            self._rows += rows
             if self._rows > self._capacity // 4:
                 self._hurry.set()
             return True
 
-    def take(self, due: float, patience: float) -> list[tuple[Any, int]] | None:
-        """Wait `patience` seconds for an item, then until `due` for more; all items, each with its rows.
+    def take(self, due: float, patience: float) -> Columns | None:
+        """Wait `patience` seconds for a row, then until `due` for more; all that wait, empty if none.
 
         None is the end: the backlog is closed and empty.
         """
         with self._filled:
-            self._filled.wait_for(lambda: self._items or self._closed, patience)
-            if not self._items:
+            self._filled.wait_for(lambda: self._waiting or self._closed, patience)
+            if not self._waiting:
                 return None if self._closed else []
         self._hurry.wait(max(due - time.monotonic(), 0.0))
         with self._filled:
-            taken = list(self._items)
-            self._items.clear()
+            taken, self._waiting = self._waiting, []
             if not self._closed:
                 self._hurry.clear()
         return taken
@@ -115,11 +119,29 @@ def _try(step: Callable[[Any], Any], value: Any, what: str) -> tuple[bool, Any]:
         logger.exception("%s failed", what)
         return False, None
 
+# %% ../../nbs/serve/append_log.ipynb #b624383c
+def tables(
+    columns: Columns, to_table: Callable[[Columns], pa.Table]
+) -> Iterator[tuple[int, pa.Table | None]]:
+    """Tables of all of `columns`, each with its number of rows; None for a row of which none can be made."""
+    rows = len(columns[0])
+    try:
+        table = to_table(columns)
+    except Exception:
+        if rows > 1:
+            half = rows // 2
+            yield from tables([each[:half] for each in columns], to_table)
+            yield from tables([each[half:] for each in columns], to_table)
+            return
+        logger.exception("A row cannot be logged")
+        table = None
+    yield rows, table
+
 # %% ../../nbs/serve/append_log.ipynb #9cff3b32
 class AppendLog:
     """A log that any thread appends to without waiting and one thread writes.
 
-    `to_table` turns a list of appended items into a `pyarrow.Table`. It is written as `conceal` gives it;
+    `to_table` turns columns of appended values into a `pyarrow.Table`. It is written as `conceal` gives it;
     then `listener` is called with the table as it was before. `on_dropped` is called with the number of rows
     that were refused or could not be written, `on_closed` when a file of the log is closed.
     """
@@ -127,7 +149,7 @@ class AppendLog:
     def __init__(
         self,
         folder: Path,
-        to_table: Callable[[list[Any]], pa.Table],
+        to_table: Callable[[Columns], pa.Table],
         listener: Callable[[pa.Table], None] = _ignore,
         on_dropped: Callable[[int], None] = _ignore,
         conceal: Callable[[pa.Table], pa.Table] = _as_it_is,
@@ -140,11 +162,11 @@ class AppendLog:
         self._thread = threading.Thread(target=self._run, name=f"nbprod-log-{folder.name}", daemon=True)
         self._thread.start()
 
-    def append(self, item: Any, rows: int) -> bool:
-        """Hand over an item of `rows` rows; False if they were dropped."""
-        kept = self._backlog.put(item, rows)
+    def append(self, columns: Sequence[Sequence[Any]]) -> bool:
+        """Hand over rows, given as columns; False if they were dropped."""
+        kept = self._backlog.put(columns)
         if not kept:
-            self._on_dropped(rows)
+            self._on_dropped(len(columns[0]))
         return kept
 
     def close(self, timeout: float = 30.0) -> None:
@@ -157,22 +179,17 @@ class AppendLog:
         while (taken := self._backlog.take(due, IDLE_SECONDS)) is not None:
             due = time.monotonic() + FLUSH_SECONDS
             if taken:
-                self._log(taken)
+                for rows, table in tables(taken, self._to_table):
+                    self._log(rows, table)
             else:
                 self._streams.rotate()
         self._streams.close()
 
-    def _log(self, taken: list[tuple[Any, int]]) -> None:
-        rows = sum(rows for _, rows in taken)
+    def _log(self, rows: int, table: pa.Table | None) -> None:
         where = f"{rows} rows in {self._streams.folder}"
-        made, table = _try(self._to_table, [item for item, _ in taken], f"Making a table of {where}")
-        if not made and len(taken) > 1:
-            for each in taken:
-                self._log([each])
-            return
-        if not (made and _try(self._write, table, f"Logging {where}")[0]):
+        if table is None or not _try(self._write, table, f"Logging {where}")[0]:
             _try(self._on_dropped, rows, f"Counting {where}")
-        if made:
+        if table is not None:
             _try(self._listener, table, f"Counting {where}")
         self._backlog.done(rows)
 

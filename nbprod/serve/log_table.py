@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache, partial
-from itertools import chain
-from operator import itemgetter
+from functools import lru_cache
+from time import time_ns
 from typing import TYPE_CHECKING, Any
 
 from ..model.contract import Contract
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 # %% auto #0
-__all__ = ['OWN_COLUMNS', 'CONTRACT', 'logged_name', 'Entry', 'microseconds', 'own_arrays', 'to_table', 'feature_frame']
+__all__ = ['OWN_COLUMNS', 'CONTRACT', 'logged_name', 'microseconds', 'Entry', 'own_arrays', 'to_table', 'feature_frame']
 
 # %% ../../nbs/serve/log_table.ipynb #cfeef0fe
 OWN_COLUMNS = (
@@ -36,7 +35,16 @@ def logged_name(column: str) -> str:
     """The name in the log of a model's input column."""
     return f"feature.{column}" if column in OWN_COLUMNS else column
 
-# %% ../../nbs/serve/log_table.ipynb #afb449cd
+# %% ../../nbs/serve/log_table.ipynb #b4e858e5
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def microseconds(moment: datetime) -> int:
+    """The microseconds from 1970 to a moment with a zone."""
+    since = moment - _EPOCH
+    return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
+
+# %% ../../nbs/serve/log_table.ipynb #a87c1fd1
 @dataclass(slots=True)  # frozen, it would take three times as long to make
 class Entry:
     """One answered request of n rows.
@@ -44,7 +52,7 @@ class Entry:
     `ids` and `predictions` have n values, `probabilities` n rows or is None; `columns` are n values for each
     column of the contract, in its order, as its readers give them. `seconds` is what answering took,
     `request_id` the client's own id of the request, `key` the name of the API key that was used, `time` a
-    moment in UTC.
+    moment in UTC; None is now.
     """
 
     ids: Sequence[str]
@@ -54,51 +62,41 @@ class Entry:
     seconds: float
     request_id: str | None = None
     key: str | None = None
-    time: datetime = field(default_factory=partial(datetime.now, UTC))
+    time: datetime | None = None
 
-    @property
-    def rows(self) -> int:
-        """How many rows were answered."""
-        return len(self.ids)
+    def logged(self) -> list[Sequence[Any]]:
+        """The log's columns of its rows.
 
-# %% ../../nbs/serve/log_table.ipynb #b18eff19
-def _repeated(entries: Sequence[Entry], value: Callable[[Entry], Any]) -> list[Any]:
-    """`value` of each entry, once a row."""
-    if all(len(entry.ids) == 1 for entry in entries):
-        return [value(entry) for entry in entries]
-    return [each for entry in entries for each in [value(entry)] * entry.rows]
-
-
-def _probabilities(entry: Entry) -> Sequence[Sequence[float] | None]:
-    """The probabilities of an entry's rows, None for each where the model gives none."""
-    return [None] * entry.rows if entry.probabilities is None else entry.probabilities
-
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-def microseconds(moment: datetime) -> int:
-    """The microseconds from 1970 to a moment with a zone."""
-    since = moment - _EPOCH
-    return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
+        They are time, id, request, key, prediction, probability, seconds, then the contract's.
+        """
+        rows = len(self.ids)
+        time = time_ns() // 1000 if self.time is None else microseconds(self.time)
+        return [
+            [time] * rows,
+            self.ids,
+            [self.request_id] * rows,
+            [self.key] * rows,
+            self.predictions,
+            [None] * rows if self.probabilities is None else self.probabilities,
+            [self.seconds] * rows,
+            *self.columns,
+        ]
 
 # %% ../../nbs/serve/log_table.ipynb #2b03ada7
-def own_arrays(entries: Sequence[Entry], model: str) -> dict[str, pa.Array]:
-    """The log's own columns for the rows of `entries`, answered by the version `model`."""
+def own_arrays(logged: Sequence[Sequence[Any]], model: str) -> dict[str, pa.Array]:
+    """The log's own columns for rows that `Entry.logged` gave, answered by the version `model`."""
     import pyarrow as pa
 
-    predictions = [value for entry in entries for value in entry.predictions]
-    probabilities = [row for entry in entries for row in _probabilities(entry)]
-    times = _repeated(entries, lambda entry: microseconds(entry.time))
+    times, ids, requests, keys, predictions, probabilities, seconds = logged[:7]
     return {
         "time": arrow_array(times, pa.timestamp("us", tz="UTC")),
-        "id": arrow_array([id for entry in entries for id in entry.ids], pa.string()),
-        "model": arrow_array([model] * len(times), pa.string()),
-        "request": arrow_array(_repeated(entries, lambda entry: entry.request_id), pa.string()),
-        "key": arrow_array(_repeated(entries, lambda entry: entry.key), pa.string()),
+        "id": arrow_array(ids, pa.string()),
+        "model": arrow_array([model] * len(ids), pa.string()),
+        "request": arrow_array(requests, pa.string()),
+        "key": arrow_array(keys, pa.string()),
         "prediction": arrow_array(predictions, values_type(predictions)),
         "probability": arrow_array(probabilities, pa.list_(pa.float64())),
-        "seconds": arrow_array(_repeated(entries, lambda entry: entry.seconds), pa.float64()),
+        "seconds": arrow_array(seconds, pa.float64()),
     }
 
 # %% ../../nbs/serve/log_table.ipynb #46fa8dfa
@@ -110,17 +108,16 @@ def _contract_text(contract: Contract) -> str:
     return json.dumps(contract.as_dict())
 
 
-def to_table(entries: Sequence[Entry], model: str, contract: Contract) -> pa.Table:
-    """The log's table of `entries`, answered by the version `model`.
+def to_table(logged: Sequence[Sequence[Any]], model: str, contract: Contract) -> pa.Table:
+    """The log's table of rows that `Entry.logged` gave, answered by the version `model`.
 
     Columns: time (UTC), id, model, request, key, prediction, probability (list), seconds, and the contract's
     columns by their `logged_name`. Pandas is not imported.
     """
     import pyarrow as pa
 
-    columns, given = own_arrays(entries, model), [entry.columns for entry in entries]
-    for place, column in enumerate(contract.columns):
-        values = list(chain.from_iterable(map(itemgetter(place), given)))
+    columns = own_arrays(logged, model)
+    for column, values in zip(contract.columns, logged[len(columns) - 1 :], strict=True):
         columns[logged_name(column.name)] = arrow_array(values, arrow_type(column))
     table = pa.Table.from_arrays(list(columns.values()), names=list(columns))
     return table.replace_schema_metadata({CONTRACT: _contract_text(contract)})

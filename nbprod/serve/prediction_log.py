@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..model.contract import Contract
-from .append_log import AppendLog, _as_it_is, _ignore
+from .append_log import AppendLog, Columns, _as_it_is, _ignore
 from .arrow_arrays import arrow_array
 from .compaction import compact as compact
 from .log_reading import feedback as feedback, predictions as predictions
@@ -47,27 +47,25 @@ class PredictionLog:
         on_dropped: Callable[[int], None] = _ignore,
         on_closed: Callable[[], object] = lambda: None,
     ) -> None:
-        def table(entries: list[Entry]) -> pa.Table:
-            return to_table(entries, model, contract)
+        def table(logged: Columns) -> pa.Table:
+            return to_table(logged, model, contract)
 
         conceal = concealer(contract, folder.parent) or _as_it_is
         self._log = AppendLog(folder / "predictions", table, listener, on_dropped, conceal, on_closed)
 
     def append(self, entry: Entry) -> bool:
         """Log one answered request; returns at once. False: its rows were dropped, for want of room."""
-        return self._log.append(entry, entry.rows)
+        return self._log.append(entry.logged())
 
     def close(self) -> None:
         """Write what is waiting and close the file."""
         self._log.close()
 
 # %% ../../nbs/serve/prediction_log.ipynb #ed32fe21
-def _feedback_table(entries: list[tuple[datetime, list[tuple[str, Any]]]]) -> pa.Table:
+def _feedback_table(columns: Columns) -> pa.Table:
     import pyarrow as pa
 
-    rows = [(microseconds(time), id, json.dumps(actual)) for time, pairs in entries for id, actual in pairs]
     types = {"time": pa.timestamp("us", tz="UTC"), "id": pa.string(), "actual": pa.string()}
-    columns = zip(*rows, strict=True)
     arrays = [arrow_array(given, type) for given, type in zip(columns, types.values(), strict=True)]
     return pa.Table.from_arrays(arrays, names=list(types))
 
@@ -87,7 +85,8 @@ class FeedbackLog:
 
     def append(self, pairs: Sequence[tuple[str, Any]]) -> bool:
         """Log (id, actual) pairs; returns at once. False: they were dropped, for want of room."""
-        return not pairs or self._log.append((datetime.now(UTC), list(pairs)), len(pairs))
+        ids, actuals = [id for id, _ in pairs], [json.dumps(actual) for _, actual in pairs]
+        return not pairs or self._log.append([[microseconds(datetime.now(UTC))] * len(ids), ids, actuals])
 
     def close(self) -> None:
         """Write what is waiting and close the file."""
