@@ -117,7 +117,7 @@ class Answerer:
             given = self.compute(model.contract.reader.check(model.examples["rows"]))
         self.parity = compare(model.examples, asdict(given), model.tolerance)
         self._upkeep = Upkeep(model.name, settings)
-        hear = (self.metrics.bins, self.metrics.dropped, self._upkeep.wake)
+        hear = (self.metrics.logged, self.metrics.dropped, self._upkeep.wake, self.metrics.bins)
         self._log = PredictionLog(folder, model.tag, model.contract, *hear)
         self._feedback_log = FeedbackLog(folder, self.metrics.dropped, self._upkeep.wake)
 

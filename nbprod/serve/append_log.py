@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 import uuid
+from array import array
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import SettingsError
 from .stream_files import StreamFolder
@@ -22,7 +26,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("nbprod.serve")
 
 # %% auto #0
-__all__ = ['logger', 'CAPACITY', 'Columns', 'FLUSH_SECONDS', 'IDLE_SECONDS', 'check_writable', 'Backlog', 'tables', 'AppendLog']
+__all__ = ['logger', 'CAPACITY', 'Values', 'Columns', 'FLUSH_SECONDS', 'COUNT_SECONDS', 'IDLE_SECONDS', 'check_writable', 'add',
+           'Backlog', 'tables', 'AppendLog']
 
 # %% ../../nbs/serve/append_log.ipynb #daee1ff3
 def check_writable(folder: Path) -> None:
@@ -42,15 +47,26 @@ def check_writable(folder: Path) -> None:
 CAPACITY = 100_000
 
 # %% ../../nbs/serve/append_log.ipynb #b2d81aa5
-Columns = list[list[Any]]  # as many values in each
+Values: TypeAlias = "list[Any] | array[Any]"
+Columns: TypeAlias = Sequence[Values]  # as many values in each
 
 
+def add(column: Values, given: Sequence[Any]) -> None:
+    """Make `column` longer; an array of floats takes NaN for None."""
+    if isinstance(column, list):
+        column += given
+    elif None in given:
+        column.extend(math.nan if each is None else each for each in given)
+    else:
+        column.extend(given)
+
+# %% ../../nbs/serve/append_log.ipynb #42bfaec8
 class Backlog:
-    """Rows that wait for the writer, column by column; at most `capacity` of them."""
+    """Rows that wait for the writer, in columns such as `empty` gives; at most `capacity` of them."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, empty: Callable[[], Columns]) -> None:
         self._capacity, self._rows, self._closed = capacity, 0, False
-        self._waiting: Columns = []
+        self._empty, self._waiting = empty, empty()
         self._filled, self._hurry = threading.Condition(threading.Lock()), threading.Event()
 
     def put(self, columns: Sequence[Sequence[Any]]) -> bool:
@@ -59,28 +75,27 @@ class Backlog:
         with self._filled:
             if self._closed or self._rows + rows > self._capacity:
                 return False
-            if not self._waiting:
-                self._waiting = [[] for _ in columns]
+            if not self._waiting[0]:
                 self._filled.notify()
             for waiting, given in zip(self._waiting, columns, strict=True):
-                waiting += given
+                add(waiting, given)
             self._rows += rows
             if self._rows > self._capacity // 4:
                 self._hurry.set()
             return True
 
     def take(self, due: float, patience: float) -> Columns | None:
-        """Wait `patience` seconds for a row, then until `due` for more; all that wait, empty if none.
+        """Wait `patience` seconds for a row, then until `due` for more; all that wait, no columns if none.
 
         None is the end: the backlog is closed and empty.
         """
         with self._filled:
-            self._filled.wait_for(lambda: self._waiting or self._closed, patience)
-            if not self._waiting:
+            self._filled.wait_for(lambda: self._waiting[0] or self._closed, patience)
+            if not self._waiting[0]:
                 return None if self._closed else []
         self._hurry.wait(max(due - time.monotonic(), 0.0))
         with self._filled:
-            taken, self._waiting = self._waiting, []
+            taken, self._waiting = self._waiting, self._empty()
             if not self._closed:
                 self._hurry.clear()
         return taken
@@ -98,7 +113,7 @@ class Backlog:
             self._filled.notify()
 
 # %% ../../nbs/serve/append_log.ipynb #792e10b7
-FLUSH_SECONDS = 0.1
+FLUSH_SECONDS, COUNT_SECONDS = 0.1, 1.0
 IDLE_SECONDS = 5.0  # after which the writer looks whether its file is due
 
 
@@ -141,22 +156,26 @@ def tables(
 class AppendLog:
     """A log that any thread appends to without waiting and one thread writes.
 
-    `to_table` turns columns of appended values into a `pyarrow.Table`. It is written as `conceal` gives it;
-    then `listener` is called with the table as it was before. `on_dropped` is called with the number of rows
-    that were refused or could not be written, `on_closed` when a file of the log is closed.
+    `to_table` makes a table of columns such as `empty` gives. It is written as `conceal` gives it;
+    then `listener` is called with the table as it was before, and `counter` once a second with all since.
+    `on_dropped` is called with the number of rows that were refused or could not be written, `on_closed`
+    when a file of the log is closed.
     """
 
     def __init__(
         self,
         folder: Path,
+        empty: Callable[[], Columns],
         to_table: Callable[[Columns], pa.Table],
         listener: Callable[[pa.Table], None] = _ignore,
         on_dropped: Callable[[int], None] = _ignore,
         conceal: Callable[[pa.Table], pa.Table] = _as_it_is,
         on_closed: Callable[[], object] = lambda: None,
+        counter: Callable[[pa.Table], None] = _ignore,
         capacity: int = CAPACITY,
     ) -> None:
-        self._streams, self._backlog = StreamFolder(folder, on_closed), Backlog(capacity)
+        self._streams, self._backlog = StreamFolder(folder, on_closed), Backlog(capacity, empty)
+        self._counter, self._uncounted, self._count_due = counter, list[Any](), 0.0
         self._to_table, self._conceal = to_table, conceal
         self._listener, self._on_dropped = listener, on_dropped
         self._thread = threading.Thread(target=self._run, name=f"nbprod-log-{folder.name}", daemon=True)
@@ -176,14 +195,31 @@ class AppendLog:
 
     def _run(self) -> None:
         due = 0.0
-        while (taken := self._backlog.take(due, IDLE_SECONDS)) is not None:
+        while (taken := self._backlog.take(due, self._patience())) is not None:
             due = time.monotonic() + FLUSH_SECONDS
             if taken:
                 for rows, table in tables(taken, self._to_table):
                     self._log(rows, table)
             else:
                 self._streams.rotate()
+            if time.monotonic() >= self._count_due:
+                self._count()
+        self._count()
         self._streams.close()
+
+    def _patience(self) -> float:
+        """For how long the thread may sleep."""
+        return max(0.0, self._count_due - time.monotonic()) if self._uncounted else IDLE_SECONDS
+
+    def _count(self) -> None:
+        import pyarrow as pa
+
+        uncounted, self._uncounted = self._uncounted, []
+        # Where all predictions of a table are null, say, their type is not that of other tables.
+        for _, alike in groupby(uncounted, attrgetter("schema")):
+            _try(self._counter, pa.concat_tables(alike), "Counting rows")
+        if uncounted:
+            self._count_due = time.monotonic() + COUNT_SECONDS
 
     def _log(self, rows: int, table: pa.Table | None) -> None:
         where = f"{rows} rows in {self._streams.folder}"
@@ -191,6 +227,7 @@ class AppendLog:
             _try(self._on_dropped, rows, f"Counting {where}")
         if table is not None:
             _try(self._listener, table, f"Counting {where}")
+            self._uncounted.append(table)
         self._backlog.done(rows)
 
     def _write(self, table: pa.Table) -> None:

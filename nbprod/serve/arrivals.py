@@ -9,58 +9,39 @@ import asyncio
 from collections.abc import Coroutine
 
 from .decoding import RequestError
+from .time_limit import TimeLimit
 
 # %% auto #0
-__all__ = ['MOST', 'CHECK_SECONDS', 'Arrivals']
+__all__ = ['MOST', 'Arrivals']
 
 # %% ../../nbs/serve/arrivals.ipynb #c8d45355
 MOST = 250  # bodies that arrive at once in a process; BentoML admits more requests than that
-CHECK_SECONDS = 1.0
 
 
 class Arrivals:
     """The bodies that are arriving in this process: at most `most` of them, each for at most `seconds`."""
 
     def __init__(self, seconds: float, most: int = MOST) -> None:
-        self.seconds, self._most = seconds, most
-        self._since: dict[asyncio.Task[object], float] = {}
-        self._dismissed: set[asyncio.Task[object]] = set()
-        self._timer: asyncio.TimerHandle | None = None
+        self._limit, self._most = TimeLimit(seconds), most
 
     def __len__(self) -> int:
-        return len(self._since)
+        return len(self._limit)
 
     async def within_time(self, reading: Coroutine[object, object, bytes]) -> bytes:
         """The body that `reading` gives; raises `RequestError` 408 if it does not in time."""
-        task, loop = asyncio.current_task(), asyncio.get_running_loop()
-        assert task is not None
-        if len(self._since) >= self._most:
-            self._dismiss(next(iter(self._since)))
-        self._since[task] = loop.time()
-        if self._timer is None:
-            self._timer = loop.call_later(CHECK_SECONDS, self._check, loop)
+        limit = self._limit
+        if len(limit) >= self._most:
+            limit.dismiss_first()
+        task = limit.begin()
         try:
             return await reading
         except asyncio.CancelledError:
-            if task not in self._dismissed:
+            if not limit.is_late(task):
                 raise
             task.uncancel()
-            raise _too_slow(self.seconds) from None
+            raise _too_slow(limit.seconds) from None
         finally:
-            self._since.pop(task, None)
-            self._dismissed.discard(task)
-
-    def _dismiss(self, task: asyncio.Task[object]) -> None:
-        del self._since[task]
-        self._dismissed.add(task)
-        task.cancel()
-
-    def _check(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Dismiss those whose time is over, and look again while there are others."""
-        end = loop.time() - self.seconds
-        for task in [task for task, since in self._since.items() if since <= end]:
-            self._dismiss(task)
-        self._timer = loop.call_later(CHECK_SECONDS, self._check, loop) if self._since else None
+            limit.end(task)
 
 
 def _too_slow(seconds: float) -> RequestError:

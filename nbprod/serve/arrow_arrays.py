@@ -5,6 +5,7 @@
 # %% ../../nbs/serve/arrow_arrays.ipynb #c9301863
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from datetime import date
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,7 @@ def _present(values: Sequence[Any]) -> np.ndarray:
     """Whether each value (n) is there."""
     import numpy as np
 
-    if None not in values:
+    if isinstance(values, array) or None not in values:
         return np.ones(len(values), dtype=bool)
     return np.fromiter((value is not None for value in values), dtype=bool, count=len(values))
 

@@ -64,16 +64,20 @@ class ServiceMetrics:
         """`rows` rows or outcomes could not be logged."""
         self._dropped.inc(rows)
 
+    def logged(self, table: pa.Table) -> None:
+        """A table of the log was written; meant for the log's own thread, as `bins`."""
+        if len(table):
+            first = Observed(table["time"]).present.min().astype("datetime64[us]").astype(int) / 1e6
+            self._delay.observe(max(0.0, time.time() - first))
+            self._logged.inc(len(table))
+
     def bins(self, table: pa.Table) -> None:
-        """Count what was logged into the bins of the training profile; meant for the log's own thread.
+        """Count what was logged into the bins of the training profile.
 
         `table` is that of the log: its features by `logged_name`, prediction, probability and time.
         """
         if len(table):
-            first = Observed(table["time"]).present.min().astype("datetime64[us]").astype(int) / 1e6
-            self._delay.observe(max(0.0, time.time() - first))
             self._table.add(table)
-            self._logged.inc(len(table))
 
 # %% ../../nbs/serve/counting.ipynb #eeda0c82
 def _lives(process: int) -> bool:

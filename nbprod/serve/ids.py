@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import threading
 import time
 from functools import lru_cache
 from typing import Any
@@ -29,11 +30,33 @@ def _check(name: str, body: str) -> str:
     """The checksum digits of an id's other digits, for the model called `name`."""
     return hashlib.blake2s(body.encode(), digest_size=_CHECK_DIGITS // 2, key=_key(name)).hexdigest()
 
+# %% ../../nbs/serve/ids.ipynb #26a5ec53
+_KEPT_BYTES = 7 * 64
+_digits, _lock = "", threading.Lock()
+
+
+def _forget_digits() -> None:
+    global _digits, _lock
+    _digits, _lock = "", threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_digits)
+
+
+def _random_digits(count: int) -> str:
+    """So many random hexadecimal digits, an even number, that nobody else gets."""
+    global _digits
+    with _lock:
+        if len(_digits) < count:
+            _digits = os.urandom(max(_KEPT_BYTES, count // 2)).hex()
+        digits, _digits = _digits[:count], _digits[count:]
+    return digits
+
 # %% ../../nbs/serve/ids.ipynb #1db2aa34
 def new_ids(name: str, count: int) -> list[str]:
     """`count` new ids for rows predicted by the model called `name`."""
     milliseconds = f"{time.time_ns() // 1_000_000:012x}"
-    random = os.urandom(7 * count).hex()
+    random = _random_digits(14 * count)
     bodies = [milliseconds + random[14 * row : 14 * row + 14] for row in range(count)]
     return [body + _check(name, body) for body in bodies]
 

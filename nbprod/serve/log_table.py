@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ from functools import lru_cache
 from time import time_ns
 from typing import TYPE_CHECKING, Any
 
+from ..model.column import Column
 from ..model.contract import Contract
 from ..model.validation import in_training_dtype
 from .arrow_arrays import arrow_array, arrow_type, values_type
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 # %% auto #0
-__all__ = ['OWN_COLUMNS', 'CONTRACT', 'logged_name', 'microseconds', 'Entry', 'own_arrays', 'to_table', 'feature_frame']
+__all__ = ['OWN_COLUMNS', 'CONTRACT', 'logged_name', 'microseconds', 'Entry', 'empty_columns', 'own_arrays', 'to_table',
+           'feature_frame']
 
 # %% ../../nbs/serve/log_table.ipynb #cfeef0fe
 OWN_COLUMNS = (
@@ -81,6 +84,19 @@ class Entry:
             [self.seconds] * rows,
             *self.columns,
         ]
+
+# %% ../../nbs/serve/log_table.ipynb #50920e2b
+def _empty_column(column: Column) -> list[Any] | array[Any]:
+    """What holds values of a column until they are written."""
+    if column.type == "float":
+        return array("d")
+    signed = column.type == "int" and column.dtype.lower() != "uint64"
+    return array("q") if signed and not column.nullable else []
+
+
+def empty_columns(contract: Contract) -> list[list[Any] | array[Any]]:
+    """The columns of `Entry.logged`, without rows."""
+    return [array("q"), [], [], [], [], [], array("d"), *map(_empty_column, contract.columns)]
 
 # %% ../../nbs/serve/log_table.ipynb #2b03ada7
 def own_arrays(logged: Sequence[Sequence[Any]], model: str) -> dict[str, pa.Array]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from .compaction import compact as compact
 from .log_reading import feedback as feedback, predictions as predictions
 from nbprod.serve.log_table import (
     Entry as Entry,
+    empty_columns,
     logged_name as logged_name,
     microseconds,
     to_table as to_table,
@@ -35,7 +37,7 @@ class PredictionLog:
     """The rows that this process answers, appended below `folder`; `model` is the version's tag.
 
     `listener` is called with each table before private columns are concealed, `on_dropped` with the number of
-    rows that were lost, `on_closed` when a file is closed.
+    rows that were lost, `on_closed` when a file is closed, and `counter` once a second with all tables since.
     """
 
     def __init__(
@@ -46,12 +48,15 @@ class PredictionLog:
         listener: Callable[[pa.Table], None] = _ignore,
         on_dropped: Callable[[int], None] = _ignore,
         on_closed: Callable[[], object] = lambda: None,
+        counter: Callable[[pa.Table], None] = _ignore,
     ) -> None:
         def table(logged: Columns) -> pa.Table:
             return to_table(logged, model, contract)
 
         conceal = concealer(contract, folder.parent) or _as_it_is
-        self._log = AppendLog(folder / "predictions", table, listener, on_dropped, conceal, on_closed)
+        columns = partial(empty_columns, contract)
+        hear = (listener, on_dropped, conceal, on_closed, counter)
+        self._log = AppendLog(folder / "predictions", columns, table, *hear)
 
     def append(self, entry: Entry) -> bool:
         """Log one answered request; returns at once. False: its rows were dropped, for want of room."""
@@ -80,7 +85,11 @@ class FeedbackLog:
         on_closed: Callable[[], object] = lambda: None,
     ) -> None:
         self._log = AppendLog(
-            folder / "feedback", _feedback_table, on_dropped=on_dropped, on_closed=on_closed
+            folder / "feedback",
+            lambda: ([], [], []),
+            _feedback_table,
+            on_dropped=on_dropped,
+            on_closed=on_closed,
         )
 
     def append(self, pairs: Sequence[tuple[str, Any]]) -> bool:

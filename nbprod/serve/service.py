@@ -34,6 +34,7 @@ from .keys import load_keys
 from .openapi import openapi_document
 from .inference_protocol import infer_paths, protocol_pages
 from .messages import Reply, json_reply
+from .process_number import keep_process_number
 from .routes import BATCHED, Desk, Routes
 from .tracing import tracing_options
 from ..settings import Settings, limits, load_settings, log_settings
@@ -233,6 +234,7 @@ def create_service(
 
     `trusted` names and `allow_pickle` are what whoever built it trusts the model's file with.
     """
+    keep_process_number()
     import bentoml
     from bentoml.models import BentoModel
 

@@ -53,7 +53,8 @@ class StreamFile:
         import pyarrow as pa
 
         self._sink = pa.OSFile(str(path), "wb")
-        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        # The fastest; threads of Arrow's would take the processor from those that answer.
+        options = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
         self._writer = pa.ipc.new_stream(self._sink, self.schema, options=options)
         self.size = self._sink.tell()
 
