@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("nbprod.serve")
 
 # %% auto #0
-__all__ = ['logger', 'CAPACITY', 'Values', 'Columns', 'FLUSH_SECONDS', 'COUNT_SECONDS', 'IDLE_SECONDS', 'check_writable', 'add',
-           'Backlog', 'tables', 'AppendLog']
+__all__ = ['logger', 'CAPACITY', 'Values', 'Columns', 'FLUSH_SECONDS', 'COUNT_SECONDS', 'IDLE_SECONDS', 'check_writable', 'adder',
+           'floats', 'Backlog', 'tables', 'AppendLog']
 
 # %% ../../nbs/serve/append_log.ipynb #daee1ff3
 def check_writable(folder: Path) -> None:
@@ -51,14 +51,14 @@ Values: TypeAlias = "list[Any] | array[Any]"
 Columns: TypeAlias = Sequence[Values]  # as many values in each
 
 
-def add(column: Values, given: Sequence[Any]) -> None:
-    """Make `column` longer; an array of floats takes NaN for None."""
-    if isinstance(column, list):
-        column += given
-    elif None in given:
-        column.extend(math.nan if each is None else each for each in given)
-    else:
-        column.extend(given)
+def adder(column: Values) -> Callable[[list[Any]], None]:
+    """What makes `column` longer by a list of values, or raises TypeError and leaves it as it is."""
+    return column.extend if isinstance(column, list) else column.fromlist
+
+
+def floats(given: Sequence[Any]) -> list[Any]:
+    """Values for an array of floats: NaN for None."""
+    return [math.nan if each is None else each for each in given]
 
 # %% ../../nbs/serve/append_log.ipynb #42bfaec8
 class Backlog:
@@ -66,10 +66,16 @@ class Backlog:
 
     def __init__(self, capacity: int, empty: Callable[[], Columns]) -> None:
         self._capacity, self._rows, self._closed = capacity, 0, False
-        self._empty, self._waiting = empty, empty()
+        self._empty = empty
+        self._begin()
         self._filled, self._hurry = threading.Condition(threading.Lock()), threading.Event()
 
-    def put(self, columns: Sequence[Sequence[Any]]) -> bool:
+    def _begin(self) -> None:
+        """Gather rows in new columns."""
+        self._waiting = self._empty()
+        self._adders = [adder(column) for column in self._waiting]
+
+    def put(self, columns: Sequence[list[Any]]) -> bool:
         """Add rows, given as columns; False if they are refused for want of room, or after the close."""
         (rows,) = set(map(len, columns))  # columns of different lengths would shift all that wait
         with self._filled:
@@ -77,8 +83,11 @@ class Backlog:
                 return False
             if not self._waiting[0]:
                 self._filled.notify()
-            for waiting, given in zip(self._waiting, columns, strict=True):
-                add(waiting, given)
+            for add, given in zip(self._adders, columns, strict=True):
+                try:
+                    add(given)
+                except TypeError:
+                    add(floats(given))
             self._rows += rows
             if self._rows > self._capacity // 4:
                 self._hurry.set()
@@ -95,7 +104,8 @@ class Backlog:
                 return None if self._closed else []
         self._hurry.wait(max(due - time.monotonic(), 0.0))
         with self._filled:
-            taken, self._waiting = self._waiting, self._empty()
+            taken = self._waiting
+            self._begin()
             if not self._closed:
                 self._hurry.clear()
         return taken
@@ -181,7 +191,7 @@ class AppendLog:
         self._thread = threading.Thread(target=self._run, name=f"nbprod-log-{folder.name}", daemon=True)
         self._thread.start()
 
-    def append(self, columns: Sequence[Sequence[Any]]) -> bool:
+    def append(self, columns: Sequence[list[Any]]) -> bool:
         """Hand over rows, given as columns; False if they were dropped."""
         kept = self._backlog.put(columns)
         if not kept:

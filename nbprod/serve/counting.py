@@ -69,7 +69,6 @@ class ServiceMetrics:
         if len(table):
             first = Observed(table["time"]).present.min().astype("datetime64[us]").astype(int) / 1e6
             self._delay.observe(max(0.0, time.time() - first))
-            self._logged.inc(len(table))
 
     def bins(self, table: pa.Table) -> None:
         """Count what was logged into the bins of the training profile.
@@ -78,6 +77,7 @@ class ServiceMetrics:
         """
         if len(table):
             self._table.add(table)
+            self._logged.inc(len(table))
 
 # %% ../../nbs/serve/counting.ipynb #eeda0c82
 def _lives(process: int) -> bool:

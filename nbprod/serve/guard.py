@@ -11,7 +11,7 @@ from functools import lru_cache
 from ipaddress import ip_address
 
 from .decoding import RequestError
-from .messages import Application, Message, Receive, Reply, Send, error_reply
+from .messages import Application, Message, Receive, Send, error_reply
 from .routes import Desk
 
 logger = logging.getLogger("nbprod.serve")
@@ -81,25 +81,19 @@ class Guard:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        peer, server, connections = scope.get("client"), scope.get("server"), self._desk.connections
-        if peer is None or server is None:
-            await self._pass(scope, receive, send)
-            return
-        connections.begin(peer, server)
+        server, connections = scope.get("server"), self._desk.connections
+        peer = None if server is None else scope.get("client")
+        if peer is not None and server is not None:
+            connections.begin(peer, server)
         try:
-            await self._pass(scope, receive, send)
+            refused = self._judge(scope)
+            if refused is None:
+                await self._app(scope, receive, send)
+            else:
+                await self._refuse(refused, scope, send)
         finally:
-            connections.end(peer)
-
-    async def _pass(self, scope: Message, receive: Receive, send: Send) -> None:
-        refused = self._judge(scope)
-        if refused is None:
-            await self._app(scope, receive, send)
-        elif scope["type"] == "http":
-            self._desk.rejected(refused)
-            await self._refuse(_REPLIES[refused], scope, send)
-        else:
-            await send({"type": "websocket.close", "code": 1008})
+            if peer is not None:
+                connections.end(peer)
 
     def _judge(self, scope: Message) -> RequestError | None:
         """What a request is refused with, if it is."""
@@ -113,8 +107,12 @@ class Guard:
             return None if name is not None else NO_KEY
         return None if self._desk.open or is_local(scope) else NOT_LOCAL
 
-    async def _refuse(self, reply: Reply, scope: Message, send: Send) -> None:
-        await reply.send(send, head=scope["method"] == "HEAD")
+    async def _refuse(self, error: RequestError, scope: Message, send: Send) -> None:
+        if scope["type"] == "http":
+            self._desk.rejected(error)
+            await _REPLIES[error].send(send, head=scope["method"] == "HEAD")
+        else:
+            await send({"type": "websocket.close", "code": 1008})
 
 # %% ../../nbs/serve/guard.ipynb #6a2e56ea
 def announce(desk: Desk) -> None:

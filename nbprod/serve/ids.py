@@ -22,13 +22,15 @@ _ID = re.compile(f"[0-9a-f]{{{_BODY_DIGITS + _CHECK_DIGITS}}}")
 
 
 @lru_cache(maxsize=100)
-def _key(name: str) -> bytes:
-    return hashlib.sha256(name.encode()).digest()
+def _keyed(name: str) -> hashlib.blake2s:
+    return hashlib.blake2s(digest_size=_CHECK_DIGITS // 2, key=hashlib.sha256(name.encode()).digest())
 
 
 def _check(name: str, body: str) -> str:
     """The checksum digits of an id's other digits, for the model called `name`."""
-    return hashlib.blake2s(body.encode(), digest_size=_CHECK_DIGITS // 2, key=_key(name)).hexdigest()
+    hashed = _keyed(name).copy()
+    hashed.update(body.encode())
+    return hashed.hexdigest()
 
 # %% ../../nbs/serve/ids.ipynb #26a5ec53
 _KEPT_BYTES = 7 * 64

@@ -58,16 +58,16 @@ class Entry:
     moment in UTC; None is now.
     """
 
-    ids: Sequence[str]
-    columns: Sequence[Sequence[Any]]
-    predictions: Sequence[Any]
-    probabilities: Sequence[Sequence[float]] | None
+    ids: list[str]
+    columns: Sequence[list[Any]]
+    predictions: list[Any]
+    probabilities: list[list[float]] | None
     seconds: float
     request_id: str | None = None
     key: str | None = None
     time: datetime | None = None
 
-    def logged(self) -> list[Sequence[Any]]:
+    def logged(self) -> list[list[Any]]:
         """The log's columns of its rows.
 
         They are time, id, request, key, prediction, probability, seconds, then the contract's.

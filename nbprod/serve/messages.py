@@ -97,17 +97,18 @@ async def read_body(receive: Receive, announced: bytes, limit: int) -> bytes:
     """The request's body of at most `limit` bytes; raises `RequestError` 413 as soon as it is larger."""
     if announced.isdigit() and (len(announced) > 20 or int(announced) > limit):
         raise _too_large(limit)
-    chunks, size, more = [], 0, True
-    while more:
+    chunks, size = list[bytes](), 0
+    while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise RequestError("The client went away.", reason="disconnect")
-        chunks.append(message.get("body", b""))
-        size += len(chunks[-1])
+        body: bytes = message.get("body", b"")
+        size += len(body)
         if size > limit:
             raise _too_large(limit)
-        more = message.get("more_body", False)
-    return b"".join(chunks)
+        if not message.get("more_body"):
+            return b"".join([*chunks, body]) if chunks else body
+        chunks.append(body)
 
 # %% ../../nbs/serve/messages.ipynb #3dfef43b
 QUICK_PACKED = 500  # bytes, which unpack to half a megabyte at most

@@ -5,7 +5,7 @@
 # %% ../../nbs/serve/routes.ipynb #73ddfc8f
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -197,12 +197,12 @@ class Routes:
             forget(error)
             return reply
 
-    async def _predict(self, scope: Message, asked: Asked) -> Reply:
-        return await self._answer(scope, asked, form_of(asked))
+    def _predict(self, scope: Message, asked: Asked) -> Awaitable[Reply]:
+        return self._answer(scope, asked, form_of(asked))
 
-    async def _infer(self, scope: Message, asked: Asked) -> Reply:
+    def _infer(self, scope: Message, asked: Asked) -> Awaitable[Reply]:
         check_json(asked)
-        return await self._answer(scope, asked, infer_form())
+        return self._answer(scope, asked, infer_form())
 
     async def _answer(self, scope: Message, asked: Asked, form: Form) -> Reply:
         answerer = self._desk.opened()

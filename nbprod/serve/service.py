@@ -48,8 +48,8 @@ logger = logging.getLogger("nbprod.serve")
 # %% auto #0
 __all__ = ['logger', 'SECURITY_POLICY', 'SWITCH_SECONDS', 'COLLECT_AFTER', 'LEAVE_SECONDS', 'DURATION_BUCKETS', 'CONCURRENT',
            'BATCH_MILLISECONDS', 'api_types', 'model_facts', 'notebook_page', 'pages', 'calm_interpreter',
-           'prepare_deployment', 'open_desk', 'close_desk', 'is_ready', 'watch_signals', 'service_options',
-           'create_service']
+           'spare_access_log', 'prepare_deployment', 'open_desk', 'close_desk', 'is_ready', 'watch_signals',
+           'service_options', 'create_service']
 
 # %% ../../nbs/serve/service.ipynb #33c765b5
 def api_types(model: Model) -> dict[str, type[BaseModel]]:
@@ -135,6 +135,13 @@ def calm_interpreter() -> None:
     gc.set_threshold(COLLECT_AFTER, 20, 20)
     sys.setswitchinterval(SWITCH_SECONDS)
 
+# %% ../../nbs/serve/service.ipynb #d753018b
+def spare_access_log() -> None:
+    """Let uvicorn compose no lines for its access log, unless it is wanted."""
+    access = logging.getLogger("uvicorn.access")
+    if not access.isEnabledFor(logging.INFO):
+        access.propagate = False
+
 # %% ../../nbs/serve/service.ipynb #4fe6db2f
 def prepare_deployment(name: str) -> None:
     """Fix the settings for the workers to come; raises BentoML's exception, which its command line prints."""
@@ -163,6 +170,7 @@ def open_desk(desk: Desk, model: Model, notebook: Path | None, service: Service[
     desk.answerer = Answerer(model, settings)
     watch_signals(desk)
     calm_interpreter()
+    spare_access_log()
     parity = desk.answerer.parity
     if not parity.equal:
         logger.error("%s answers %s golden examples otherwise: %s", model, len(parity.wrong), parity)
