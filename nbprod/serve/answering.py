@@ -25,6 +25,7 @@ from .decoding import RequestError, columns_of, decode, items, outcomes
 from .ids import is_issued, new_ids
 from .messages import Asked
 from .prediction_log import Entry, FeedbackLog, PredictionLog
+from .together import Together
 from .upkeep import Upkeep
 from ..settings import Settings
 
@@ -106,7 +107,7 @@ class Answerer:
         folder = settings.predictions / model.name
         check_writable(folder)
         self.model, self.metrics = model, ServiceMetrics(model, registry)
-        self.held_rows = HeldRows()
+        self.held_rows, self.together = HeldRows(), Together(self.compute)
         self.columns, self.arrow = ColumnDecoder(model.contract.reader), ArrowDecoder(model.contract.reader)
         self.max_rows, self.max_body, self._quick_bytes = (
             settings.max_rows,
