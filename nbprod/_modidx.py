@@ -2666,6 +2666,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'nbprod.serve.append_log.check_writable': ( 'serve/append_log.html#check_writable',
                                                                                      'nbprod/serve/append_log.py'),
                                          'nbprod.serve.append_log.floats': ('serve/append_log.html#floats', 'nbprod/serve/append_log.py'),
+                                         'nbprod.serve.append_log.give_way': ( 'serve/append_log.html#give_way',
+                                                                               'nbprod/serve/append_log.py'),
                                          'nbprod.serve.append_log.tables': ('serve/append_log.html#tables', 'nbprod/serve/append_log.py')},
             'nbprod.serve.arrivals': { 'nbprod.serve.arrivals.Arrivals': ('serve/arrivals.html#arrivals', 'nbprod/serve/arrivals.py'),
                                        'nbprod.serve.arrivals.Arrivals.__init__': ( 'serve/arrivals.html#arrivals.__init__',

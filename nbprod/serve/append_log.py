@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("nbprod.serve")
 
 # %% auto #0
-__all__ = ['logger', 'CAPACITY', 'Values', 'Columns', 'FLUSH_SECONDS', 'COUNT_SECONDS', 'IDLE_SECONDS', 'check_writable', 'adder',
-           'floats', 'Backlog', 'tables', 'AppendLog']
+__all__ = ['logger', 'CAPACITY', 'Values', 'Columns', 'FLUSH_SECONDS', 'COUNT_SECONDS', 'IDLE_SECONDS', 'PAUSE_SECONDS',
+           'check_writable', 'adder', 'floats', 'Backlog', 'give_way', 'tables', 'AppendLog']
 
 # %% ../../nbs/serve/append_log.ipynb #daee1ff3
 def check_writable(folder: Path) -> None:
@@ -135,6 +135,14 @@ def _as_it_is(table: pa.Table) -> pa.Table:
     """A table with nothing to conceal."""
     return table
 
+
+PAUSE_SECONDS = 0.0005
+
+
+def give_way() -> None:
+    """Let the threads that answer requests have the interpreter."""
+    time.sleep(PAUSE_SECONDS)
+
 # %% ../../nbs/serve/append_log.ipynb #d6550539
 def _try(step: Callable[[Any], Any], value: Any, what: str) -> tuple[bool, Any]:
     """Whether `step` did `what` with `value`, and what it gave; an error is logged."""
@@ -233,9 +241,11 @@ class AppendLog:
 
     def _log(self, rows: int, table: pa.Table | None) -> None:
         where = f"{rows} rows in {self._streams.folder}"
+        give_way()
         if table is None or not _try(self._write, table, f"Logging {where}")[0]:
             _try(self._on_dropped, rows, f"Counting {where}")
         if table is not None:
+            give_way()
             _try(self._listener, table, f"Counting {where}")
             self._uncounted.append(table)
         self._backlog.done(rows)

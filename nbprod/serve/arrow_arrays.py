@@ -103,6 +103,8 @@ def _storable(value: Any) -> str | None:
 def _texts(values: Sequence[Any]) -> pa.Array:
     import pyarrow as pa
 
+    if values.count(None) == len(values):
+        return pa.nulls(len(values), pa.string())
     try:
         builder = pa.lib.StringBuilder()
         builder.append_values(values)

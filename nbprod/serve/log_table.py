@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 # %% auto #0
-__all__ = ['OWN_COLUMNS', 'CONTRACT', 'logged_name', 'microseconds', 'Entry', 'empty_columns', 'own_arrays', 'to_table',
-           'feature_frame']
+__all__ = ['OWN_COLUMNS', 'CONTRACT', 'COLUMNS_AT_ONCE', 'logged_name', 'microseconds', 'Entry', 'empty_columns', 'own_arrays',
+           'to_table', 'feature_frame']
 
 # %% ../../nbs/serve/log_table.ipynb #cfeef0fe
 OWN_COLUMNS = (
@@ -124,16 +124,27 @@ def _contract_text(contract: Contract) -> str:
     return json.dumps(contract.as_dict())
 
 
-def to_table(logged: Sequence[Sequence[Any]], model: str, contract: Contract) -> pa.Table:
+COLUMNS_AT_ONCE = 7
+
+
+def to_table(
+    logged: Sequence[Sequence[Any]],
+    model: str,
+    contract: Contract,
+    pause: Callable[[], object] = lambda: None,
+) -> pa.Table:
     """The log's table of rows that `Entry.logged` gave, answered by the version `model`.
 
     Columns: time (UTC), id, model, request, key, prediction, probability (list), seconds, and the contract's
-    columns by their `logged_name`. Pandas is not imported.
+    columns by their `logged_name`. Pandas is not imported. `pause` is called after some columns at a time.
     """
     import pyarrow as pa
 
     columns = own_arrays(logged, model)
-    for column, values in zip(contract.columns, logged[len(columns) - 1 :], strict=True):
+    for place, column in enumerate(contract.columns):
+        if place % COLUMNS_AT_ONCE == 0:
+            pause()
+        values = logged[place + len(OWN_COLUMNS) - 2]  # what is logged has no model and no outcome
         columns[logged_name(column.name)] = arrow_array(values, arrow_type(column))
     table = pa.Table.from_arrays(list(columns.values()), names=list(columns))
     return table.replace_schema_metadata({CONTRACT: _contract_text(contract)})

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..model.contract import Contract
-from .append_log import AppendLog, Columns, _as_it_is, _ignore
+from .append_log import AppendLog, Columns, _as_it_is, _ignore, give_way
 from .arrow_arrays import arrow_array
 from .compaction import compact as compact
 from .log_reading import feedback as feedback, predictions as predictions
@@ -51,7 +51,7 @@ class PredictionLog:
         counter: Callable[[pa.Table], None] = _ignore,
     ) -> None:
         def table(logged: Columns) -> pa.Table:
-            return to_table(logged, model, contract)
+            return to_table(logged, model, contract, give_way)
 
         conceal = concealer(contract, folder.parent) or _as_it_is
         columns = partial(empty_columns, contract)
