@@ -495,7 +495,7 @@ def test_a_full_queue_refuses_rows_and_counts_them(tmp_path: Path) -> None:
         writing.wait()
         return pa.table({"distance": columns[0]})
 
-    log = AppendLog(tmp_path / "log", slow, on_dropped=dropped.append, capacity=100)
+    log = AppendLog(tmp_path / "log", lambda: [[]], slow, on_dropped=dropped.append, capacity=100)
     columns = [[1400] * 40]
     assert [log.append(columns) for _ in range(4)] == [True, True, False, False]
     assert dropped == [40, 40]
