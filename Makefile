@@ -26,7 +26,7 @@ lab: $(READY)  ## Open JupyterLab in the demo's project, with its service runnin
 	$(BIN)/nbprod lab demo --traffic 40
 
 test: $(READY)  ## Run every notebook, every test and every check of the repository
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(READY)  ## Run the benchmarks, one after the other
 	@for file in benchmarks/*.py; do echo "== $$file" && $(BIN)/python $$file || exit 1; done

@@ -1,5 +1,6 @@
 """What tests share: stores of their own, a tiny project, free ports, and programs that Debian packages."""
 
+import fcntl
 import os
 import shutil
 import socket
@@ -104,15 +105,17 @@ def _apt_update() -> None:
 
 def _apt_install(packages: str) -> None:
     """Install `packages` quietly; whether that worked shows in the program that is looked for afterwards."""
-    _apt_update()
     options = ["-y", "-qq", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=120"]
-    subprocess.run(
-        ["apt-get", "install", *options, *packages.split()],
-        env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        check=False,
-    )
+    with Path(tempfile.gettempdir(), "nbprod-apt.lock").open("w") as lock:  # other processes test as well
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _apt_update()
+        subprocess.run(
+            ["apt-get", "install", *options, *packages.split()],
+            env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+        )
 
 
 def _find_program(program: str) -> str | None:

@@ -57,9 +57,13 @@ def execute(path: Path, home: Path) -> str | None:
 def failures(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Future[str | None]]]:
-    """By name, what the notebooks to be tested said; two run at a time, in the order of the tests."""
+    """By name, what the notebooks to be tested said, in the order of the tests.
+
+    Two run at a time, or one beside other tests.
+    """
+    at_once = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
     names = [item.callspec.params["name"] for item in request.session.items if item.path == request.path]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(at_once) as pool:
         homes = [tmp_path_factory.mktemp("home") / "bentoml" for _ in names]
         running = {
             name: pool.submit(execute, ROOT / name, home) for name, home in zip(names, homes, strict=True)
