@@ -20,7 +20,8 @@ NOTEBOOKS = sorted(
 )
 NOT_RUN = re.compile(r"^#\|\s*(notest\b|eval:\s*false\b)", re.MULTILINE)
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
-NOT_WATCHED = {".git", ".venv", "demo", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
+NOT_WATCHED = {".git", ".venv", "demo", "__pycache__"}
+NOT_WATCHED |= {".hypothesis", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".import_linter_cache"}
 
 
 def files(folder: Path) -> dict[Path, tuple[int, int]]:
