@@ -2648,6 +2648,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'nbprod.serve.append_log.Backlog': ('serve/append_log.html#backlog', 'nbprod/serve/append_log.py'),
                                          'nbprod.serve.append_log.Backlog.__init__': ( 'serve/append_log.html#backlog.__init__',
                                                                                        'nbprod/serve/append_log.py'),
+                                         'nbprod.serve.append_log.Backlog._add': ( 'serve/append_log.html#backlog._add',
+                                                                                   'nbprod/serve/append_log.py'),
                                          'nbprod.serve.append_log.Backlog._begin': ( 'serve/append_log.html#backlog._begin',
                                                                                      'nbprod/serve/append_log.py'),
                                          'nbprod.serve.append_log.Backlog.close': ( 'serve/append_log.html#backlog.close',

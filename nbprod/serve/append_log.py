@@ -76,22 +76,36 @@ class Backlog:
         self._adders = [adder(column) for column in self._waiting]
 
     def put(self, columns: Sequence[list[Any]]) -> bool:
-        """Add rows, given as columns; False if they are refused for want of room, or after the close."""
-        (rows,) = set(map(len, columns))  # columns of different lengths would shift all that wait
+        """Add rows, given as columns; False if they are refused for want of room, or after the close.
+
+        Raises ValueError, TypeError or OverflowError for what does not fit the columns, and adds nothing.
+        """
+        if len(lengths := set(map(len, columns))) != 1:
+            raise ValueError(f"The columns of some rows have {sorted(lengths)} values.")
+        rows = lengths.pop()
         with self._filled:
             if self._closed or self._rows + rows > self._capacity:
                 return False
-            if not self._waiting[0]:
+            before = len(self._waiting[0])
+            try:
+                self._add(columns)
+            except BaseException:
+                for waiting in self._waiting:
+                    del waiting[before:]
+                raise
+            if not before:
                 self._filled.notify()
-            for add, given in zip(self._adders, columns, strict=True):
-                try:
-                    add(given)
-                except TypeError:
-                    add(floats(given))
             self._rows += rows
             if self._rows > self._capacity // 4:
                 self._hurry.set()
             return True
+
+    def _add(self, columns: Sequence[list[Any]]) -> None:
+        for add, given in zip(self._adders, columns, strict=True):
+            try:
+                add(given)
+            except TypeError:
+                add(floats(given))
 
     def take(self, due: float, patience: float) -> Columns | None:
         """Wait `patience` seconds for a row, then until `due` for more; all that wait, no columns if none.
@@ -201,7 +215,11 @@ class AppendLog:
 
     def append(self, columns: Sequence[list[Any]]) -> bool:
         """Hand over rows, given as columns; False if they were dropped."""
-        kept = self._backlog.put(columns)
+        try:
+            kept = self._backlog.put(columns)
+        except (ValueError, TypeError, OverflowError):
+            logger.exception("Rows cannot be logged in %s", self._streams.folder)
+            kept = False
         if not kept:
             self._on_dropped(len(columns[0]))
         return kept
