@@ -3355,6 +3355,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'nbprod.serve.upkeep.Upkeep._run': ('serve/upkeep.html#upkeep._run', 'nbprod/serve/upkeep.py'),
                                      'nbprod.serve.upkeep.Upkeep.close': ('serve/upkeep.html#upkeep.close', 'nbprod/serve/upkeep.py'),
                                      'nbprod.serve.upkeep.Upkeep.wake': ('serve/upkeep.html#upkeep.wake', 'nbprod/serve/upkeep.py'),
+                                     'nbprod.serve.upkeep.give_back_memory': ( 'serve/upkeep.html#give_back_memory',
+                                                                               'nbprod/serve/upkeep.py'),
                                      'nbprod.serve.upkeep.try_compaction': ('serve/upkeep.html#try_compaction', 'nbprod/serve/upkeep.py')},
             'nbprod.settings': { 'nbprod.settings.Settings': ('settings.html#settings', 'nbprod/settings.py'),
                                  'nbprod.settings.Settings.predictions': ('settings.html#settings.predictions', 'nbprod/settings.py'),

@@ -16,7 +16,7 @@ from ..settings import Settings
 logger = logging.getLogger("nbprod.serve")
 
 # %% auto #0
-__all__ = ['logger', 'HOURLY', 'SOON', 'CLOSE_SECONDS', 'try_compaction', 'Upkeep']
+__all__ = ['logger', 'HOURLY', 'SOON', 'CLOSE_SECONDS', 'try_compaction', 'give_back_memory', 'Upkeep']
 
 # %% ../../nbs/serve/upkeep.ipynb #c2828afc
 HOURLY = 3600.0  # seconds
@@ -34,6 +34,13 @@ def try_compaction(name: str, settings: Settings) -> bool | None:
         # A disk may be full; what is not moved stays where it is, and can be read there.
         logger.exception("The log of %s could not be compacted; it is tried again", name)
     return None
+
+# %% ../../nbs/serve/upkeep.ipynb #6958dbf9
+def give_back_memory() -> None:
+    """Return to the system what Arrow no longer uses."""
+    import pyarrow as pa
+
+    pa.default_memory_pool().release_unused()
 
 # %% ../../nbs/serve/upkeep.ipynb #0def3d32
 class Upkeep:
@@ -59,6 +66,7 @@ class Upkeep:
         while not self._closing.is_set():
             self._wanted.clear()
             done = try_compaction(self._name, self._settings)
+            give_back_memory()
             self._wanted.wait(HOURLY if done else SOON)
         deadline = time.monotonic() + CLOSE_SECONDS
         while try_compaction(self._name, self._settings) is False and time.monotonic() < deadline:
