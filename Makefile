@@ -43,9 +43,10 @@ readme: $(READY)  ## Write README.md from nbs/index.ipynb
 
 # Without the extra xgboost: `dev` has xgboost-cpu in its place, the same module without its GPU libraries.
 lock: $(READY)  ## Bring requirements.lock up to settings.ini (UPGRADE=1: and every package to its newest)
+	@touch setup.py  # by whose time uv knows whether its requirements have changed
 	$(BIN)/uv pip compile setup.py --extra demo --extra dev --extra dask --extra lightgbm --extra optuna \
 	    --extra postgres --extra s3 --extra tracing --universal --python-version 3.11 \
-	    --generate-hashes --quiet --refresh-package nbprod $(if $(UPGRADE),--upgrade) --custom-compile-command "make lock" -o requirements.lock
+	    --generate-hashes --quiet $(if $(UPGRADE),--upgrade) --custom-compile-command "make lock" -o requirements.lock
 
 clean:  ## Remove what the other targets made: .venv, demo, .nbprod and the tools' caches
 	rm -rf .venv demo .nbprod build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -7,7 +7,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     home = tempfile.TemporaryDirectory(prefix="nbprod-tests-", ignore_cleanup_errors=True)
     config.add_cleanup(home.cleanup)
+    config.add_cleanup(_forget_locks)
     for name in [name for name in os.environ if name.startswith("NBPROD_")]:
         del os.environ[name]
     os.environ["BENTOML_HOME"] = str(Path(home.name) / "bentoml")
@@ -41,6 +43,38 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     # Where this is set, nothing is compiled once and for all, and importing scikit-learn takes 6 s, not 2.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+def _locks() -> list[Path]:
+    """The files that processes of one test run lock: for their turn, and for the room; none where one tests."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    names = [f"nbprod-{run}-{name}.lock" for name in ("turn", "room")] if run else []
+    return [Path(tempfile.gettempdir(), name) for name in names]
+
+
+def _forget_locks() -> None:
+    """Remove the files; a process that still tests is the last one, and makes its own."""
+    for path in _locks():
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _room(alone: bool) -> Iterator[None]:
+    """Room for a test beside those of other processes, or for it alone."""
+    with ExitStack() as stack:
+        if files := [stack.enter_context(path.open("w")) for path in _locks()]:
+            turn, room = files
+            fcntl.flock(turn, fcntl.LOCK_EX)  # who waits for the others goes before those who come later
+            fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            fcntl.flock(turn, fcntl.LOCK_UN)
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Run tests that are marked `alone` while no other test runs."""
+    with _room(item.get_closest_marker("alone") is not None):
+        return (yield)
 
 
 @pytest.fixture(scope="session")

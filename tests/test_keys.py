@@ -78,6 +78,7 @@ def test_the_platform_asks_without_a_key(locked: Served, web: httpx.Client) -> N
         assert web.get(locked.url + path).status_code == 200
 
 
+@pytest.mark.alone
 def test_without_and_with_a_wrong_key_takes_as_long(locked: Served, web: httpx.Client) -> None:
     """Interleaved, in random order; a key that is nearly right is a wrong key like another."""
     kinds = {"none": {}, "wrong": {"x-api-key": "x" * 20}, "near": {"x-api-key": SECRET[:-1] + "j"}}

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
+    from nbprod.serve.append_log import Values
+
 # %% auto #0
 __all__ = ['OWN_COLUMNS', 'CONTRACT', 'COLUMNS_AT_ONCE', 'logged_name', 'microseconds', 'Entry', 'empty_columns', 'own_arrays',
            'to_table', 'feature_frame']
@@ -86,7 +88,7 @@ class Entry:
         ]
 
 # %% ../../nbs/serve/log_table.ipynb #50920e2b
-def _empty_column(column: Column) -> list[Any] | array[Any]:
+def _empty_column(column: Column) -> Values:
     """What holds values of a column until they are written."""
     if column.type == "float":
         return array("d")
@@ -94,7 +96,7 @@ def _empty_column(column: Column) -> list[Any] | array[Any]:
     return array("q") if signed and not column.nullable else []
 
 
-def empty_columns(contract: Contract) -> list[list[Any] | array[Any]]:
+def empty_columns(contract: Contract) -> list[Values]:
     """The columns of `Entry.logged`, without rows."""
     return [array("q"), [], [], [], [], [], array("d"), *map(_empty_column, contract.columns)]
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from time import time_ns
 from typing import TYPE_CHECKING, Any
 
 from ..model.contract import Contract
@@ -21,7 +21,6 @@ from nbprod.serve.log_table import (
     Entry as Entry,
     empty_columns,
     logged_name as logged_name,
-    microseconds,
     to_table as to_table,
 )
 from .private_columns import concealer
@@ -95,7 +94,7 @@ class FeedbackLog:
     def append(self, pairs: Sequence[tuple[str, Any]]) -> bool:
         """Log (id, actual) pairs; returns at once. False: they were dropped, for want of room."""
         ids, actuals = [id for id, _ in pairs], [json.dumps(actual) for _, actual in pairs]
-        return not pairs or self._log.append([[microseconds(datetime.now(UTC))] * len(ids), ids, actuals])
+        return not pairs or self._log.append([[time_ns() // 1000] * len(ids), ids, actuals])
 
     def close(self) -> None:
         """Write what is waiting and close the file."""
