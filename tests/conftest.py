@@ -46,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _locks() -> list[Path]:
-    """The files that processes of one test run lock, for the turn and the room; none where one process tests."""
+    """The files that the processes of a test run lock, for the turn and the room; none for one process."""
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
     names = [f"nbprod-{run}-{name}.lock" for name in ("turn", "room")] if run else []
     return [Path(tempfile.gettempdir(), name) for name in names]
