@@ -175,6 +175,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                               'nbprod/experiment/cluster_connection.py'),
                                                       'nbprod.experiment.cluster_connection.connected': ( 'experiment/cluster_connection.html#connected',
                                                                                                           'nbprod/experiment/cluster_connection.py'),
+                                                      'nbprod.experiment.cluster_connection.open_client': ( 'experiment/cluster_connection.html#open_client',
+                                                                                                            'nbprod/experiment/cluster_connection.py'),
                                                       'nbprod.experiment.cluster_connection.quiet': ( 'experiment/cluster_connection.html#quiet',
                                                                                                       'nbprod/experiment/cluster_connection.py'),
                                                       'nbprod.experiment.cluster_connection.version_here': ( 'experiment/cluster_connection.html#version_here',

@@ -1,5 +1,6 @@
 """Sweeps on a Dask cluster: a real scheduler and real workers over TCP, some of which do not live long."""
 
+import gc
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from distributed import Client
 from psutil import Process
 from running import alive, start_driver, wait_for, write_notebook
 
@@ -314,10 +316,13 @@ def test_no_cluster_to_speak_of(
 ) -> None:
     source = open_source(write_notebook(project / "nbs" / "train.ipynb", "depth = 1"))
     address = f"tcp://127.0.0.1:{free_port()}"
+    threads = threading.active_count()
     with pytest.raises(ClusterError, match=f"No Dask scheduler answers at {address} within 1 s"):
         opened(address, source, patience=1.0).__enter__()
     with pytest.raises(UsageError, match=r"'gopher://here' is no address"):
         opened("gopher://here", source).__enter__()
+    assert threading.active_count() == threads
+    assert {each.status for each in gc.get_objects() if isinstance(each, Client)} <= {"closed"}
     # Workers of another nbprod, and without any.
     code = "import sys; sys.modules['nbprod'] = None; from dask.__main__ import main; main()"
     odd: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {

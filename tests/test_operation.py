@@ -171,7 +171,7 @@ def test_it_is_not_ready_from_the_moment_that_it_is_told_to_end(
             waiting.sendall(request[-10:])
             answer = receive_all(waiting)
             assert statuses(answer) == [200] and b"connection: close" in answer
-        wait_for(lambda: service.workers() and service.workers()[0].pid != worker.pid, "a new worker")
+        wait_for(lambda: [each for each in service.workers() if each.pid != worker.pid], "a new worker")
         wait_for(lambda: status(port) == 200, "it to be ready")
 
 

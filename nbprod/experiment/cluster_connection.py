@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import ClusterError, UsageError
 
 # %% auto #0
-__all__ = ['PATIENCE', 'quiet', 'connected', 'version_here', 'check_workers']
+__all__ = ['PATIENCE', 'quiet', 'open_client', 'connected', 'version_here', 'check_workers']
 
 # %% ../../nbs/experiment/cluster_connection.ipynb #51f6959c
 @contextlib.contextmanager
@@ -39,6 +39,18 @@ def quiet() -> Iterator[None]:
         for each, level in zip(loud, levels, strict=True):
             each.setLevel(level)
 
+# %% ../../nbs/experiment/cluster_connection.ipynb #0dd18420
+async def open_client(address: str, patience: float) -> Any:
+    """A client of the scheduler at `address`, in the event loop that runs; closed if it cannot connect."""
+    from distributed import Client
+
+    client = Client(address, asynchronous=True, timeout=patience, set_as_default=False, name="nbprod")
+    try:
+        return await client
+    except BaseException:
+        await client.close()
+        raise
+
 # %% ../../nbs/experiment/cluster_connection.ipynb #a89248e8
 PATIENCE = 15.0  # seconds to wait for a scheduler, and for a first or another worker
 
@@ -50,16 +62,17 @@ def connected(address: str, patience: float = PATIENCE) -> Iterator[Any]:
     Raises `UsageError` if Dask is not installed or does not understand the address, `ClusterError` if no
     scheduler answers within `patience` seconds.
     """
+    from anyio.from_thread import start_blocking_portal
+
     try:
-        from distributed import Client
         from distributed.versions import VersionMismatchWarning
     except ImportError as error:
         raise UsageError("A cluster needs the package distributed: pip install 'nbprod[dask]'.") from error
-    with quiet(), warnings.catch_warnings():
+    with quiet(), warnings.catch_warnings(), start_blocking_portal() as portal:
         warnings.simplefilter("ignore", VersionMismatchWarning)
         warnings.filterwarnings("ignore", "Sending large graph")  # of a project with large files of code
         try:
-            client = Client(address, timeout=patience, set_as_default=False, name="nbprod")
+            client = portal.call(open_client, address, patience)
         except (ValueError, TypeError, LookupError) as error:
             raise UsageError(f"{address!r} is no address of a Dask scheduler: {error}") from error
         except (OSError, RuntimeError) as error:
