@@ -164,6 +164,7 @@ def test_every_answered_row_is_logged_once_after_a_graceful_stop(model: Model, s
     assert sum(facts) == len(found)
 
 
+@pytest.mark.alone  # its bound is one of time
 def test_a_killed_worker_takes_a_fifth_of_a_second_with_it(model: Model, settings: Settings) -> None:
     bento = build(model.tag, settings=settings).bento
     with start_service(bento, workers=2, settings=settings) as url:

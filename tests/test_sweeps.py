@@ -34,12 +34,22 @@ def test_failures_do_not_stop_the_others(project: Path, capsys: pytest.CaptureFi
 
 
 def test_runs_share_the_machine(project: Path) -> None:
-    """Two at a time do overlap, and each is told its share of the cores."""
-    cell = RECORD + "import os, time\nstart = time.time()\ntime.sleep(2)\n"
-    cell += "log_metrics(start=start, end=time.time(), threads=float(os.environ['OMP_NUM_THREADS']))"
-    notebook = write_notebook(project / "nbs" / "sleep.ipynb", "seed = 0", cell)
+    """Two at a time do overlap, since each waits for the other, and each is told its share of the cores."""
+    meeting = project.parent / "meeting"
+    meeting.mkdir()
+    cell = f"""{RECORD}
+import os, time
+from pathlib import Path
+meeting = Path({str(meeting)!r})
+(meeting / str(seed)).touch()
+latest = time.monotonic() + 60
+while len(list(meeting.iterdir())) < 2 and time.monotonic() < latest:
+    time.sleep(0.05)
+log_metrics(met=len(list(meeting.iterdir())), threads=float(os.environ["OMP_NUM_THREADS"]))
+"""
+    notebook = write_notebook(project / "nbs" / "meet.ipynb", "seed = 0", cell)
     first, second = (run.metrics for run in sweep(notebook, {"seed": [0, 1]}, jobs=2))
-    assert first["start"] < second["end"] and second["start"] < first["end"]
+    assert first["met"] == second["met"] == 2
     assert first["threads"] == second["threads"] >= 1
 
 
