@@ -355,12 +355,17 @@ def readable_text(folder: Path) -> str:
     return "\n".join(found)
 
 
-@pytest.mark.usefixtures("store")
-def test_what_is_private_is_nowhere_in_the_store(settings: Settings) -> None:
+def passengers_model() -> Model:
+    """A model of passengers, whose names and accounts are nobody's business."""
     people = flights.assign(passenger=["Ada Lovelace", "Mary Shelley"] * 100, account=4_711_000_815)
     said = {"passenger": Column(private=True), "account": Column(private="hash")}
     estimator = make_pipeline(encoder(), LogisticRegression()).fit(people, late)
-    private = logged(estimator, people, late, columns=said)
+    return logged(estimator, people, late, columns=said)
+
+
+@pytest.mark.usefixtures("store")
+def test_what_is_private_is_nowhere_in_the_store(settings: Settings) -> None:
+    private = passengers_model()
     assert {each.concealment for each in private.contract.columns} == {"", "drop", "hash"}
     answerer = Answerer(private, settings, CollectorRegistry())
     rows = [
@@ -387,6 +392,21 @@ def test_what_is_private_is_nowhere_in_the_store(settings: Settings) -> None:
     again.predict(rows)
     again.close()
     assert predictions("delay", settings=settings)["account"][0] != one, "another key, other hashes"
+
+
+@pytest.mark.usefixtures("store")
+def test_what_is_private_is_shown_to_nobody(settings: Settings) -> None:
+    private = passengers_model()
+    with start_service(build(private.tag, settings=settings).bento, settings=settings) as url:
+        paths = ("/model", "/docs.json", "/schema.json", "/metrics", "/notebook", "/v2/models/delay", "/docs")
+        told = {path: httpx.get(f"{url}{path}").text for path in paths}
+        operation = json.loads(told["/docs.json"])["paths"]["/predict"]["post"]
+        example = operation["requestBody"]["content"]["application/json"]["example"]
+        assert httpx.post(f"{url}/predict", json=example).status_code == 200
+    told |= {"card": repr(private), "card in Jupyter": private._repr_html_()}
+    for place, text in told.items():
+        assert [secret for secret in ("Ada", "Mary", "4711000815") if secret in text] == [], place
+    assert "passenger" in told["/model"] and '"UA"' in told["/model"], "what is not private is told"
 
 
 # A store on the network

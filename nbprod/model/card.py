@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import NbprodError
 from ..experiment.run_table import column_texts, notebook_link, short_text
 from .contract_table import column_row, used_names
+from .shown import shown_rows
 from ..settings import find_project, load_settings
 
 if TYPE_CHECKING:
@@ -161,7 +162,8 @@ def request(model: Model) -> tuple[str, str] | None:
     examples = model.examples if (model.folder / "examples.json").exists() else {}
     if not examples.get("rows"):
         return None
-    body = json.dumps({"rows": examples["rows"][:1]}, ensure_ascii=False).replace("'", "'\\''")
+    rows = shown_rows(model.contract, examples["rows"][:1])
+    body = json.dumps({"rows": rows}, ensure_ascii=False).replace("'", "'\\''")
     kinds = ("predictions", "probabilities")
     answer = {kind: examples[kind][:1] for kind in kinds if examples.get(kind)}
     command = "curl http://127.0.0.1:3000/predict -H 'content-type: application/json' \\\n  -d "

@@ -42,6 +42,7 @@ class Column:
     `nullable` says whether a value may be missing; without a word of the author, whether one was missing in
     training. `unit`, `description` and `example` are for readers. A `private` column is not kept in the
     prediction log: True or "drop" leaves it out, "hash" keeps keyed hashes that show only which are equal.
+    Its training values are shown to nobody: its `example` is the author's, or a value made for it.
     """
 
     name: str = ""

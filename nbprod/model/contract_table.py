@@ -11,6 +11,7 @@ from typing import Any
 
 from ..experiment.run_table import column_texts
 from .column import Column
+from .shown import shown_column
 from .values import LIMITS, limit_words
 
 # %% auto #0
@@ -22,6 +23,7 @@ FEW = 6
 
 def seen_text(column: Column) -> str:
     """The training values of a column in brief, with their unit; "" where no others are accepted."""
+    column = shown_column(column)
     if column.categories is not None:
         more = f" … ({len(column.categories)})" if len(column.categories) > FEW else ""
         return "" if column.closed else ", ".join(map(str, column.categories[:FEW])) + more

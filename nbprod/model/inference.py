@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ContractError, did_you_mean
 from .column import Column, dtype_name
 from .rejection import refuse, shorten
+from .shown import stand_in
 from .tables import plain_value
 from .validation import check_column
 from .values import LIMITS, YEARS, is_text, limits, plain, type_reader, value_reader
@@ -329,6 +330,8 @@ def tightened(column: Column, author: Column, values: pd.Series) -> Column:
     _refuse_contradiction(result)
     if "example" in said:
         _refuse_example(result)
+    elif result.private:
+        result = replace(result, example=stand_in(result))
     findings = [found for _, found in check_column(result, values, text=False).findings(values.index)]
     if findings:
         raise ContractError(

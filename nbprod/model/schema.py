@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .column import Column
+from .shown import shown_column
 from .values import category_values, integer_bounds
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ MOST_SHOWN = 12
 
 def seen_in_training(column: Column) -> str:
     """What training saw in a column, in words; "" where there is nothing to tell."""
+    column = shown_column(column)
     if column.categories is not None and not column.closed:
         more = ", …" if len(column.categories) > MOST_SHOWN else ""
         return f"training values {', '.join(map(str, column.categories[:MOST_SHOWN]))}{more}"

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..model.contract import json_schema
 from ..model.schema import column_schema
+from ..model.shown import shown_rows
 from ..model.store import Model
 from .decoding import ARROW
 from .ids import example_id
@@ -59,7 +60,7 @@ def _actual_schema(model: Model) -> dict[str, Any]:
 # %% ../../nbs/serve/openapi.ipynb #31d59617
 def _example_columns(model: Model, rows: int) -> dict[str, list[Any]]:
     """The first golden examples by columns."""
-    golden = model.examples["rows"][:rows]
+    golden = shown_rows(model.contract, model.examples["rows"][:rows])
     return {name: [row[name] for row in golden] for name in model.contract.names}
 
 
@@ -105,7 +106,7 @@ def _example(model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
     answer = {"predictions": golden["predictions"][:1], "ids": ids, "model": model.tag}
     if golden.get("probabilities"):
         answer["probabilities"] = golden["probabilities"][:1]
-    return {"rows": golden["rows"][:1]}, answer
+    return {"rows": shown_rows(model.contract, golden["rows"][:1])}, answer
 
 # %% ../../nbs/serve/openapi.ipynb #f2897bcc
 _FORMS = (

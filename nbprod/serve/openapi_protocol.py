@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..model.shown import shown_rows
 from ..model.store import Model
 from .answering import Answered
 from .ids import example_id
@@ -35,7 +36,7 @@ __all__ = ['example_tensors', 'protocol_schemas', 'protocol_paths']
 # %% ../../nbs/serve/openapi_protocol.ipynb #341cc561
 def example_tensors(model: Model, rows: int) -> list[dict[str, Any]]:
     """The first golden examples as tensors of a request."""
-    golden = model.examples["rows"][:rows]
+    golden = shown_rows(model.contract, model.examples["rows"][:rows])
     return [
         {
             "name": column.name,

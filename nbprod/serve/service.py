@@ -13,12 +13,14 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ..errors import NbprodError
 from ..model.contract import json_schema
+from ..model.shown import shown_contract
 from ..model.store import Model
 from ..model.trust import Trust
 from .access_log import AccessLog, LineWriter, to_stdout
@@ -70,7 +72,9 @@ def api_types(model: Model) -> dict[str, type[BaseModel]]:
 # %% ../../nbs/serve/service.ipynb #ff28ad2b
 def model_facts(model: Model) -> dict[str, Any]:
     """What GET /model tells, as JSON values."""
-    facts = model.facts
+    facts, contract = model.facts, shown_contract(model.contract)
+    told = {column.name for column in contract.columns if not column.private}
+    features = {name: each for name, each in model.baseline.features.items() if name in told}
     return {
         "model": model.tag,
         "name": model.name,
@@ -88,8 +92,8 @@ def model_facts(model: Model) -> dict[str, Any]:
         "classes": model.classes,
         "kind": facts.get("kind"),
         "outputs": model.outputs,
-        "contract": model.contract.as_dict(),
-        "baseline": model.baseline.as_dict(),
+        "contract": contract.as_dict(),
+        "baseline": replace(model.baseline, features=features).as_dict(),
     }
 
 # %% ../../nbs/serve/service.ipynb #93e163ba
