@@ -109,13 +109,19 @@ def status(
 
 @contextmanager
 def served(
-    bento: str, folder: Path, port: int, workers: int = 1, host: str = "127.0.0.1", **environ: str
+    bento: str,
+    folder: Path,
+    port: int,
+    workers: int = 1,
+    host: str = "127.0.0.1",
+    python: str = sys.executable,
+    **environ: str,
 ) -> Iterator[Served]:
     """`bentoml serve BENTO` with a store in `folder`, until the context ends."""
     folder.mkdir(exist_ok=True)
     overrides = {"services": {bento.split(":")[0]: {"workers": workers}}}
     variables = {"NBPROD_STORE": str(folder / "store"), "BENTOML_CONFIG_OVERRIDES": json.dumps(overrides)}
-    command = [sys.executable, "-m", "bentoml", "serve", bento, "--host", host, "--port", str(port)]
+    command = [python, "-m", "bentoml", "serve", bento, "--host", host, "--port", str(port)]
     with (folder / "output").open("wb") as output:
         process = subprocess.Popen(
             [*command, "--timeout-graceful-shutdown", "20"],

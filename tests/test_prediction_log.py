@@ -466,8 +466,10 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_a_service_keeps_its_log_in_s3(model: Model, settings: Settings, bucket: str, tmp_path: Path) -> None:
-    built = build(model.tag, settings=settings)
     shared = replace(settings, remote=bucket)
+    built = build(model.tag, force=True, settings=shared)
+    wanted = (built.path / "env" / "python" / "requirements.txt").read_text()
+    assert "\ns3fs==" in wanted, "an environment of its own reaches the bucket as well"
     with start_service(built.bento, workers=2, settings=shared) as url:
         answers = [httpx.post(f"{url}/predict", json={"rows": model.examples["rows"]}) for _ in range(10)]
         ids = [id for answer in answers for id in answer.json()["ids"]]

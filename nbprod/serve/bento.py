@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -80,38 +81,44 @@ def service_module(model: Model) -> str:
 
 # %% ../../nbs/serve/bento.ipynb #7462c8ee
 def copy_source(target: Path) -> None:
-    """Copy nbprod's own Python source into `target`, without templates and widgets' files."""
+    """Copy nbprod's own Python source into the folder `target`, without templates and widgets' files."""
     ignored = shutil.ignore_patterns("__pycache__", "templates", "static", "_modidx.py")
     with as_file(files("nbprod")) as source:
-        shutil.copytree(source, target, ignore=ignored)
+        shutil.copytree(source, target / "nbprod", ignore=ignored)
+    facts = f"Metadata-Version: 2.1\nName: nbprod\nVersion: {version('nbprod')}\n"
+    (target / f"nbprod-{version('nbprod')}.dist-info").mkdir()
+    (target / f"nbprod-{version('nbprod')}.dist-info" / "METADATA").write_text(facts, encoding="utf-8")
 
 # %% ../../nbs/serve/bento.ipynb #c31a7ce9
-def bentofile(model: Model) -> dict[str, Any]:
-    """BentoML's build file for `model`, as JSON values."""
+def bentofile(model: Model, store: str = "") -> dict[str, Any]:
+    """BentoML's build file for `model`, as JSON values; `store` is the URL of the project's shared store."""
     return {
         "service": "service:service",
         "name": model.name,
         "labels": {"model": model.tag} | ({"run": model.run} if model.run else {}),
         "python": {
-            "packages": requirements(model),
+            "packages": requirements(model, store),
             "lock_packages": False,
         },
     }
 
 # %% ../../nbs/serve/bento.ipynb #09c76737
-def write_context(model: Model, folder: Path) -> None:
-    """Write everything that the Bento of `model` is built from into `folder`."""
+def write_context(model: Model, folder: Path, store: str = "") -> None:
+    """Write everything that the Bento of `model` is built from into `folder`.
+
+    `store` is the URL of the project's shared store.
+    """
     folder.mkdir()
     (folder / "service.py").write_text(service_module(model), encoding="utf-8")
     (folder / "README.md").write_text(_README.format(tag=model.tag), encoding="utf-8")
-    copy_source(folder / "nbprod")
+    copy_source(folder)
     if model.library_path is not None:
         unpack_library(model.library_path, folder)
     if model.notebook is not None:
         from nbprod.serve.notebook_page import notebook_html
 
         (folder / "notebook.html").write_text(notebook_html(model.notebook, model.tag), encoding="utf-8")
-    (folder / "bentofile.yaml").write_text(json.dumps(bentofile(model)), encoding="utf-8")
+    (folder / "bentofile.yaml").write_text(json.dumps(bentofile(model, store)), encoding="utf-8")
 
 # %% ../../nbs/serve/bento.ipynb #6d6365f7
 @contextmanager
@@ -214,7 +221,7 @@ def build(
     if existing is not None:
         return existing
     with staging_home(bentoml_home()) as staging:
-        write_context(found, staging / "context")
+        write_context(found, staging / "context", settings.remote)
         staged = run_bentoml_build(found, staging / "context", staging)
         parity = check_parity(found, staging, settings)
         require_parity(found, parity)

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from ..model.library import library_files
 from ..model.store import Model
+from ..remote import open_filesystem
 
 # %% auto #0
-__all__ = ['SERVING_PACKAGES', 'COMPILED_PACKAGES', 'PYTHON_PACKAGES', 'needs_python', 'imported_modules', 'packages_of',
-           'requirements']
+__all__ = ['SERVING_PACKAGES', 'COMPILED_PACKAGES', 'PYTHON_PACKAGES', 'TRACING_PACKAGES', 'needs_python', 'imported_modules',
+           'packages_of', 'store_packages', 'installed', 'requirements']
 
 # %% ../../nbs/serve/requirements.ipynb #0e5f1a06
 SERVING_PACKAGES = (
@@ -56,10 +57,31 @@ def packages_of(modules: Iterable[str]) -> set[str]:
     owners = metadata.packages_distributions()
     return {owner for module in modules for owner in owners.get(module, [])} - {"nbprod", "bentoml"}
 
+# %% ../../nbs/serve/requirements.ipynb #7fcd355a
+TRACING_PACKAGES = ("opentelemetry-exporter-otlp-proto-http",)
+
+
+def store_packages(url: str) -> set[str]:
+    """The packages by which fsspec reaches the shared store at `url`; none where it is "".
+
+    Raises `SettingsError` if they are not installed here.
+    """
+    if not url:
+        return set()
+    filesystem, _ = open_filesystem(url)
+    return packages_of([type(filesystem).__module__.split(".")[0]]) - {"fsspec"}
+
+
+def installed(packages: Iterable[str]) -> set[str]:
+    """Those of `packages` that are installed here."""
+    found = {each.metadata["Name"] for each in metadata.distributions()}
+    return found & set(packages)
+
 # %% ../../nbs/serve/requirements.ipynb #0e5f1a15
-def requirements(model: Model) -> list[str]:
-    """The pinned requirements of the service of `model`."""
+def requirements(model: Model, store: str = "") -> list[str]:
+    """The pinned requirements of the service of `model`; `store` is the URL of the project's shared store."""
     names = {*SERVING_PACKAGES, *(COMPILED_PACKAGES if model.predictor is not None else ())}
+    names |= store_packages(store) | installed(TRACING_PACKAGES)
     if needs_python(model):
         library = imported_modules(model.library_path) if model.library_path is not None else set()
         names |= {*PYTHON_PACKAGES, *packages_of({*model.facts.get("packages", ()), *library})}
