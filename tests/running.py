@@ -103,13 +103,15 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> 
 
 
 def started_run(project: Path) -> tuple[Path, int, int]:
-    """Wait until a run executes the endless cell: its folder, and the process ids of worker and kernel."""
+    """Wait until a run executes the endless cell, its last, and its notebook says so.
+
+    The folder of the run, and the process ids of worker and kernel.
+    """
 
     def find() -> tuple[Path, int, int] | None:
         for marker in project.glob(".nbprod/runs/*/kernel"):
             notebook = json.loads((marker.parent / NOTEBOOK_NAME).read_bytes())
-            running = [cell for cell in notebook["cells"] if is_running(cell)]
-            if running and marker.read_text():
+            if is_running(notebook["cells"][-1]) and marker.read_text():
                 pid = notebook["metadata"][METADATA_KEY]["pid"]
                 return marker.parent, pid, int(marker.read_text())
         return None

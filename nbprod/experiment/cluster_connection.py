@@ -65,11 +65,11 @@ def connected(address: str, patience: float = PATIENCE) -> Iterator[Any]:
     from anyio.from_thread import start_blocking_portal
 
     try:
-        from distributed.versions import VersionMismatchWarning
+        from distributed import versions
     except ImportError as error:
         raise UsageError("A cluster needs the package distributed: pip install 'nbprod[dask]'.") from error
     with quiet(), warnings.catch_warnings(), start_blocking_portal() as portal:
-        warnings.simplefilter("ignore", VersionMismatchWarning)
+        warnings.simplefilter("ignore", versions.VersionMismatchWarning)
         warnings.filterwarnings("ignore", "Sending large graph")  # of a project with large files of code
         try:
             client = portal.call(open_client, address, patience)
