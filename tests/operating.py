@@ -156,7 +156,8 @@ def stop(service: Served, seconds: float = 60) -> int:
     if service.process.poll() is None:
         service.process.kill()
         for each in workers:
-            each.kill()
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
     return service.process.wait()
 
 

@@ -68,7 +68,8 @@ def test_killed_parent_and_worker_leave_an_interrupted_run(project: Path) -> Non
     write_notebook(project / "nbs" / "endless.ipynb", "months = 3", ENDLESS)
     driver = start_driver(DRIVER, project)
     folder, worker, kernel = started_run(project)
-    for pid in (driver.pid, worker):
+    os.kill(driver.pid, signal.SIGSTOP)  # so that neither sees the other's end
+    for pid in (worker, driver.pid):
         os.kill(pid, signal.SIGKILL)
     driver.communicate()
     wait_for(lambda: [found.status for found in runs()] == ["interrupted"], "the worker to go", 5)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,8 @@ def test_start_and_memory_beside_plain_bentoml(tmp_path: Path, free_port: Any) -
             found[name] = seconds, _worker(process).memory_info().rss / 1e6
         finally:
             for each in [*process.children(recursive=True), process]:
-                each.kill()
+                with suppress(psutil.NoSuchProcess):  # gone with the one before
+                    each.kill()
             process.wait()
     for name, (seconds, megabytes) in found.items():
         print(f"{name}: {seconds:.1f} s to the first answer, {megabytes:.0f} MB")
