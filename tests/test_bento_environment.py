@@ -18,9 +18,11 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
+import nbprod
 from nbprod.model.store import Model
 from nbprod.serve.bento import build
-from nbprod.serve.log_reading import predictions
+from nbprod.serve.log_reading import feedback, predictions
+from nbprod.serve.requirements import needs_python
 from nbprod.settings import load_settings
 
 LIST = "from importlib.metadata import distributions; print(*[each.name for each in distributions()])"
@@ -69,11 +71,11 @@ def compiled() -> Model:
 
 
 def in_python() -> Model:
-    """A model that answers by scikit-learn, in batches."""
+    """A model whose answers need scikit-learn."""
     words = flights[["carrier"]]
     steps = make_column_transformer((CountVectorizer(analyzer="char"), "carrier"))
     model = logged(make_pipeline(steps, LogisticRegression()).fit(words, late), words, late)
-    assert model.predictor is None
+    assert needs_python(model)
     return model
 
 
@@ -92,10 +94,16 @@ def test_it_needs_nothing_that_it_does_not_ask_for(
     with served(built.bento, folder, free_port(), python=str(python)) as service:
         answer = httpx.post(f"{service.url}/predict", json={"rows": model.examples["rows"]}).json()
         assert answer["predictions"] == model.examples["predictions"]
+        told = {"feedback": [{"id": answer["ids"][0], "actual": 1}]}
+        assert httpx.post(f"{service.url}/feedback", json=told).json() == {"accepted": 1, "unknown": []}
+        with nbprod.connect(service.url) as client:  # which sends Arrow
+            frame = model.contract.frame(model.examples["rows"])
+            assert client.predict(frame).tolist() == answer["predictions"]
         assert httpx.get(f"{service.url}/v2").json()["version"] == version("nbprod")
         pages = ("/model", "/docs", "/docs.json", "/schema.json", "/metrics")
         assert {path: httpx.get(f"{service.url}{path}").status_code for path in pages} == dict.fromkeys(
             pages, 200
         )
     settings = load_settings(required=False, environ={"NBPROD_STORE": str(folder / "store")})
-    assert predictions("delay", settings=settings)["id"].tolist() == answer["ids"]
+    assert predictions("delay", settings=settings)["id"].tolist()[: len(answer["ids"])] == answer["ids"]
+    assert feedback("delay", settings=settings)["id"].tolist() == answer["ids"][:1]
