@@ -3281,6 +3281,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'nbprod.serve.service.pages': ('serve/service.html#pages', 'nbprod/serve/service.py'),
                                       'nbprod.serve.service.prepare_deployment': ( 'serve/service.html#prepare_deployment',
                                                                                    'nbprod/serve/service.py'),
+                                      'nbprod.serve.service.return_large_memory': ( 'serve/service.html#return_large_memory',
+                                                                                    'nbprod/serve/service.py'),
                                       'nbprod.serve.service.service_options': ( 'serve/service.html#service_options',
                                                                                 'nbprod/serve/service.py'),
                                       'nbprod.serve.service.spare_access_log': ( 'serve/service.html#spare_access_log',
