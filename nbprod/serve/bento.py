@@ -85,9 +85,10 @@ def copy_source(target: Path) -> None:
     ignored = shutil.ignore_patterns("__pycache__", "templates", "static", "_modidx.py")
     with as_file(files("nbprod")) as source:
         shutil.copytree(source, target / "nbprod", ignore=ignored)
+    told = target / f"nbprod-{version('nbprod')}.dist-info"
+    told.mkdir()
     facts = f"Metadata-Version: 2.1\nName: nbprod\nVersion: {version('nbprod')}\n"
-    (target / f"nbprod-{version('nbprod')}.dist-info").mkdir()
-    (target / f"nbprod-{version('nbprod')}.dist-info" / "METADATA").write_text(facts, encoding="utf-8")
+    (told / "METADATA").write_text(facts, encoding="utf-8")
 
 # %% ../../nbs/serve/bento.ipynb #c31a7ce9
 def bentofile(model: Model, store: str = "") -> dict[str, Any]:

@@ -13,10 +13,11 @@ from pathlib import Path
 from ..model.library import library_files
 from ..model.store import Model
 from ..remote import open_filesystem
+from .tracing import EXPORTER, is_installed
 
 # %% auto #0
 __all__ = ['SERVING_PACKAGES', 'COMPILED_PACKAGES', 'PYTHON_PACKAGES', 'TRACING_PACKAGES', 'needs_python', 'imported_modules',
-           'packages_of', 'store_packages', 'installed', 'requirements']
+           'packages_of', 'store_packages', 'requirements']
 
 # %% ../../nbs/serve/requirements.ipynb #0e5f1a06
 SERVING_PACKAGES = (
@@ -71,17 +72,11 @@ def store_packages(url: str) -> set[str]:
     filesystem, _ = open_filesystem(url)
     return packages_of([type(filesystem).__module__.split(".")[0]]) - {"fsspec"}
 
-
-def installed(packages: Iterable[str]) -> set[str]:
-    """Those of `packages` that are installed here."""
-    found = {each.metadata["Name"] for each in metadata.distributions()}
-    return found & set(packages)
-
 # %% ../../nbs/serve/requirements.ipynb #0e5f1a15
 def requirements(model: Model, store: str = "") -> list[str]:
     """The pinned requirements of the service of `model`; `store` is the URL of the project's shared store."""
     names = {*SERVING_PACKAGES, *(COMPILED_PACKAGES if model.predictor is not None else ())}
-    names |= store_packages(store) | installed(TRACING_PACKAGES)
+    names |= {*store_packages(store), *(TRACING_PACKAGES if is_installed(EXPORTER) else ())}
     if needs_python(model):
         library = imported_modules(model.library_path) if model.library_path is not None else set()
         names |= {*PYTHON_PACKAGES, *packages_of({*model.facts.get("packages", ()), *library})}

@@ -15,7 +15,7 @@ from typing import Any
 logger = logging.getLogger("nbprod.serve")
 
 # %% auto #0
-__all__ = ['logger', 'OFF', 'collector', 'is_configured', 'sampled', 'tracing_options']
+__all__ = ['logger', 'OFF', 'EXPORTER', 'collector', 'is_configured', 'sampled', 'is_installed', 'tracing_options']
 
 # %% ../../nbs/serve/tracing.ipynb #d4c9e636
 def collector(environ: Mapping[str, str]) -> str | None:
@@ -48,10 +48,11 @@ def sampled(environ: Mapping[str, str]) -> float:
 
 # %% ../../nbs/serve/tracing.ipynb #f61a1ee5
 OFF = {"excluded_urls": ".*"}
-_EXPORTER = "opentelemetry.exporter.otlp.proto.http"
+EXPORTER = "opentelemetry.exporter.otlp.proto.http"
 
 
-def _is_installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
+    """Whether a module could be imported."""
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:
@@ -65,7 +66,7 @@ def tracing_options(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
         return {}
     if address is None:
         return OFF
-    if not _is_installed(_EXPORTER):
+    if not is_installed(EXPORTER):
         logger.warning("No traces go to %s: pip install 'nbprod[tracing]' brings what sends them.", address)
         return OFF
     # The exporter reads addresses, headers and certificates from the standard variables itself.
