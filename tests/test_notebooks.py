@@ -17,8 +17,8 @@ NOTEBOOKS = sorted(
 NOT_RUN = re.compile(r"^#\|\s*(notest\b|eval:\s*false\b)", re.MULTILINE)
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
 NOT_WATCHED = {".git", ".venv", "demo", "__pycache__"}
-# What tests beside it write.
-NOT_WATCHED |= {".hypothesis", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".import_linter_cache"}
+# What tests beside it write; build has their screenshots.
+NOT_WATCHED |= {"build", ".hypothesis", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".import_linter_cache"}
 
 
 def files(folder: Path) -> dict[Path, tuple[int, int]]:
