@@ -127,7 +127,9 @@ class Connections:
     def look(self, now: float) -> None:
         """Close the connections that are abused."""
         before, self._waiting = self._waiting, {}
+        connected = set()
         for connection, peer in connections_to(self._port) if self._port else ():
+            connected.add(peer[:2])
             if peer[:2] in self._busy:
                 continue
             count, ended = received(connection), self._ended.get(peer[:2])
@@ -137,9 +139,11 @@ class Connections:
             self._waiting[peer] = waiting
             if waiting.is_abused(count, now):
                 _abort(connection)
-        known = {peer[:2] for peer in self._waiting}
-        for peer in [peer for peer, ended in [*self._ended.items()] if ended < now and peer not in known]:
-            self._ended.pop(peer, None)
+        # The keys alone: a copy with values makes tuples, for which the garbage collector may run anything
+        # and another thread may add to what is copied.
+        for peer in set(self._ended) - connected:
+            if self._ended[peer] < now:
+                del self._ended[peer]
 
     _port: int | None
 
