@@ -89,7 +89,7 @@ def graph_inputs(model: Any, rows: list[dict[str, Any]]) -> Any:
 
     predictor, frame = model.predictor, model.contract.frame(rows)
     table = frame if predictor.before is None else predictor.before.transform(frame)
-    return feed(table, predictor.plan.inputs, predictor.plan.width)
+    return feed(table, predictor.plan.inputs, predictor.plan.width, predictor.plan.packed)
 
 
 def measure(name: str, tag: str, rows: list[dict[str, Any]], rounds: int) -> dict[int, float]:

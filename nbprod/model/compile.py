@@ -16,6 +16,7 @@ from .columns import ColumnReader, array_dtypes, turned
 from .contract import Contract, plain_rows
 from .conversion import called, convert, packs, parts
 from .graph import Width, kinds_of
+from .lean_graph import lean
 from .pipeline import Arrays, compute
 from .predictor import Plan, Predictor, call, functions_of, names_of, shape_of
 from .probe import edge_rows, probe_rows
@@ -207,7 +208,7 @@ def _predictors(
             continue
         for width in ("float64", "float32"):
             try:
-                graph, each = convert(part, table, width), replace(plan, width=width)
+                graph, each = lean(convert(part, table, width), replace(plan, width=width))
                 predictor = Predictor(graph, each, contract, before)
                 off = judge_part(predictor, part, table)
             except Exception as error:  # a graph that fails on a probe is refused, however it fails

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['Width', 'MISSING', 'PACKED', 'SMALL', 'MANY', 'SMALL_GRAPH', 'kind_of', 'kinds_of', 'texts', 'feed_columns', 'feed',
-           'RowFeeder', 'open_session', 'thread_count', 'Sessions']
+__all__ = ['Width', 'MISSING', 'PACKED', 'SMALL', 'MANY', 'SMALL_GRAPH', 'kind_of', 'kinds_of', 'texts', 'number_places',
+           'feed_columns', 'feed', 'RowFeeder', 'open_session', 'thread_count', 'Sessions']
 
 # %% ../../nbs/model/graph.ipynb #aa9cdde4
 Width = Literal["float32", "float64"]
@@ -54,6 +54,11 @@ def texts(values: np.ndarray) -> np.ndarray:
     return column.reshape(-1, 1)
 
 
+def number_places(kinds: Mapping[str, str]) -> list[int]:
+    """Which columns are numbers, by their positions."""
+    return [place for place, kind in enumerate(kinds.values()) if kind == "number"]
+
+
 def feed_columns(arrays: Mapping[str, Any], kinds: Mapping[str, str], width: Width) -> dict[str, Any]:
     """Arrays by name as the inputs of a graph, n by 1 each."""
     import numpy as np
@@ -67,45 +72,52 @@ def feed_columns(arrays: Mapping[str, Any], kinds: Mapping[str, str], width: Wid
 SMALL = 500  # rows
 
 
-def _whole(frame: pd.DataFrame, kinds: Mapping[str, str], width: Width) -> dict[str, Any]:
+def _whole(frame: pd.DataFrame, kinds: Mapping[str, str], width: Width, packed: bool) -> dict[str, Any]:
     """The inputs that a small table makes."""
     values = frame.to_numpy(dtype=object)
-    return feed_columns({name: values[:, place] for place, name in enumerate(kinds)}, kinds, width)
+    numbers = {PACKED: values[:, number_places(kinds)].astype(width)} if packed else {}
+    alone = {name: place for place, name in enumerate(kinds) if not packed or kinds[name] == "text"}
+    arrays = {name: values[:, place] for name, place in alone.items()}
+    return numbers | feed_columns(arrays, {name: kinds[name] for name in alone}, width)
 
 
-def _by_column(frame: pd.DataFrame, kinds: Mapping[str, str], width: Width) -> dict[str, Any]:
+def _by_column(frame: pd.DataFrame, kinds: Mapping[str, str], width: Width, packed: bool) -> dict[str, Any]:
     """The inputs that a table makes, column by column."""
     import numpy as np
 
     arrays: dict[str, Any] = {}
+    if packed:
+        arrays[PACKED] = np.empty((len(frame), len(number_places(kinds))), dtype=width)
+        numbers = iter(arrays[PACKED].T)
     for place, (name, kind) in enumerate(kinds.items()):
         column = frame.iloc[:, place]
         if kind == "text":
             values, missing = column.to_numpy(dtype=object), column.isna().to_numpy()
-            made = np.where(missing, MISSING, values) if missing.any() else values
+            arrays[name] = (np.where(missing, MISSING, values) if missing.any() else values).reshape(-1, 1)
+        elif packed:
+            next(numbers)[:] = column.to_numpy(dtype=width, na_value=np.nan)
         else:
-            made = column.to_numpy(dtype=width, na_value=np.nan)
-        arrays[name] = made.reshape(-1, 1)
+            arrays[name] = column.to_numpy(dtype=width, na_value=np.nan).reshape(-1, 1)
     return arrays
 
 # %% ../../nbs/model/graph.ipynb #64bd9094
 def feed(inputs: Any, kinds: Mapping[str, str], width: Width, packed: bool = False) -> dict[str, Any]:
     """A table with the columns of `kinds`, or an array, as the inputs of a graph, by name.
 
-    Numbers that are `packed` are one input, as those of an array.
+    Numbers that are `packed` are one input, as those of an array; texts are never.
     """
     import numpy as np
 
     if not kinds:
         return {PACKED: np.ascontiguousarray(inputs, dtype=width)}
-    if packed:
+    if packed and "text" not in kinds.values():
         return {PACKED: inputs.to_numpy(dtype=width, na_value=np.nan)}
     if len(inputs) <= SMALL:
         try:
-            return _whole(inputs, kinds, width)
+            return _whole(inputs, kinds, width, packed)
         except (TypeError, ValueError):  # pandas' NA is no number to NumPy
             pass
-    return _by_column(inputs, kinds, width)
+    return _by_column(inputs, kinds, width, packed)
 
 # %% ../../nbs/model/graph.ipynb #7a1c0e02
 def _column_maker(column: Column, kind: str, width: Width) -> Callable[[Sequence[Any]], Any]:
@@ -116,10 +128,15 @@ def _column_maker(column: Column, kind: str, width: Width) -> Callable[[Sequence
         if column.nullable:
             return lambda values: _objects([MISSING if each is None else each for each in values])
         return _objects
-    first = "float32" if column.dtype.lower() == "float32" else "float64"
+    first = "float32" if _is_single(column) else "float64"
     if first == width:
         return lambda values: np.array(values, dtype=width).reshape(-1, 1)
     return lambda values: np.array(values, dtype=first).astype(width).reshape(-1, 1)
+
+
+def _is_single(column: Column) -> bool:
+    """Whether a column held 32-bit floats in training."""
+    return column.dtype.lower() == "float32"
 
 
 def _objects(values: Sequence[Any]) -> Any:
@@ -139,8 +156,11 @@ class RowFeeder:
         self._makers = [
             (name, places[name], _column_maker(contract.columns[places[name]], kind, width))
             for name, kind in kinds.items()
+            if not packed or kind == "text"
         ]
-        self._packed = packed
+        numbers = [places[name] for name, kind in kinds.items() if kind == "number"]
+        self._numbers, self._width = numbers if packed else [], width
+        self._single = [_is_single(contract.columns[place]) for place in self._numbers]
 
     @staticmethod
     def can_feed(contract: Contract) -> bool:
@@ -149,11 +169,20 @@ class RowFeeder:
         return all(each.type in plain and each.dtype != "category" for each in contract.columns)
 
     def feed(self, columns: Sequence[Sequence[Any]]) -> dict[str, Any]:
-        """The inputs by name, n by 1 each or n by all columns, from the n values of each column."""
+        """The inputs by name, n by 1 each or n by all numbers, from the n values of each column."""
+        made = {name: make(columns[place]) for name, place, make in self._makers}
+        if self._numbers:
+            made[PACKED] = self._pack([columns[place] for place in self._numbers])
+        return made
+
+    def _pack(self, columns: Sequence[Sequence[Any]]) -> Any:
+        """The values of columns of numbers as one array, n by all columns."""
         import numpy as np
 
-        made = {name: make(columns[place]) for name, place, make in self._makers}
-        return {PACKED: np.hstack(list(made.values()))} if self._packed else made
+        made = np.array(columns, dtype="float64").T
+        if any(self._single):
+            made[:, self._single] = made[:, self._single].astype("float32")
+        return np.ascontiguousarray(made, dtype=self._width)
 
 # %% ../../nbs/model/graph.ipynb #8cecc20e
 def open_session(graph: bytes, threads: int = 1) -> Any:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['functions_of', 'call', 'names_of', 'imported', 'Later', 'Plan', 'shape_of', 'read_outputs', 'Predictor',
-           'save_predictor', 'needs_pipeline', 'load_predictor']
+__all__ = ['functions_of', 'call', 'names_of', 'imported', 'Later', 'Plan', 'shape_of', 'wanted_outputs', 'read_outputs',
+           'Predictor', 'save_predictor', 'needs_pipeline', 'load_predictor']
 
 # %% ../../nbs/model/predictor.ipynb #54711abf
 def functions_of(before: Any) -> list[Callable[[Any], Any]] | None:
@@ -132,12 +132,26 @@ def shape_of(answer: Arrays, classes: np.ndarray | None) -> dict[str, Any]:
     }
 
 # %% ../../nbs/model/predictor.ipynb #cc3bad6c
+def wanted_outputs(plan: Plan, outputs: Sequence[str]) -> list[str]:
+    """Which outputs of a graph are needed: labels or values, and probabilities where there are any.
+
+    Of probabilities that tell the labels, only these, the last of two or the only one.
+    """
+    if not plan.probabilistic:
+        return [*outputs[:1]]
+    if plan.labels is not None:
+        return [*outputs[:2][-1:]]
+    if len(outputs) < 2:
+        raise ModelError("the graph has no probabilities")
+    return [*outputs[:2]]
+
+
 def read_outputs(plan: Plan, given: Sequence[np.ndarray]) -> Arrays:
-    """The answer in what a graph gives: labels or values and, if there are any, probabilities."""
+    """The answer in the `wanted_outputs` of a graph."""
     import numpy as np
 
-    values, *rest = given
-    probabilities = np.asarray(rest[0], dtype=np.float64) if plan.probabilistic else None
+    values = given[0]
+    probabilities = np.asarray(given[-1], dtype=np.float64) if plan.probabilistic else None
     if plan.labels is not None and probabilities is not None:
         values = np.array(plan.labels, dtype=plan.dtype)[probabilities.argmax(axis=1)]
     if not plan.outputs:
@@ -158,9 +172,7 @@ class Predictor:
     ) -> None:
         self.graph, self.plan, self.contract, self.before = graph, plan, contract, before
         self._sessions = Sessions(graph)
-        self._names = self._sessions.outputs[: 1 + plan.probabilistic]
-        if len(self._names) < 1 + plan.probabilistic:
-            raise ModelError("the graph has no probabilities")
+        self._names = wanted_outputs(plan, self._sessions.outputs)
         direct = before is None and RowFeeder.can_feed(contract)
         self._feeder = RowFeeder(contract, plan.inputs, plan.width, plan.packed) if direct else None
         dtypes = array_dtypes(contract) if plan.arrays else None
