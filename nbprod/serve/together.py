@@ -14,7 +14,7 @@ from ..model.rows import CheckedRows
 from .time_limit import running_task
 
 # %% auto #0
-__all__ = ['MOST_ROWS', 'joined', 'parts', 'groups', 'Together']
+__all__ = ['MOST_ROWS', 'CALM', 'joined', 'parts', 'groups', 'Together']
 
 # %% ../../nbs/serve/together.ipynb #8f6b1719
 def joined(requests: Sequence[CheckedRows]) -> CheckedRows:
@@ -48,15 +48,23 @@ def groups(lengths: Sequence[int], most: int) -> Iterator[slice]:
         yield slice(start, len(lengths))
 
 # %% ../../nbs/serve/together.ipynb #89370e4d
+CALM = 16  # turns with one request each, before the next are answered at once
+
+
 class Together:
     """Computes rows by `compute`, those of one turn of the event loop together."""
 
     def __init__(self, compute: Callable[[CheckedRows], Answer], most: int = MOST_ROWS) -> None:
         self._compute_rows, self._most = compute, most
         self._waiting: list[tuple[CheckedRows, asyncio.Future[Answer]]] = []
+        self._alone = 0  # requests that had their turn for themselves, one after another
 
     async def compute(self, rows: CheckedRows) -> Answer:
         """The answer to `rows`; raises what computing them raises."""
+        if self._alone >= CALM and not self._waiting:
+            self._alone += 1
+            if self._alone % CALM:
+                return self._compute_rows(rows)
         _, loop = running_task()
         future: asyncio.Future[Answer] = loop.create_future()
         self._waiting.append((rows, future))
@@ -66,6 +74,7 @@ class Together:
 
     def _compute_waiting(self) -> None:
         waiting, self._waiting = self._waiting, []
+        self._alone = self._alone + 1 if len(waiting) == 1 else 0
         for group in groups([len(rows) for rows, _ in waiting], self._most):
             self._compute_group(waiting[group])
 
