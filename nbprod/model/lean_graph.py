@@ -19,15 +19,6 @@ if TYPE_CHECKING:
 __all__ = ['pack', 'keep_outputs', 'lean']
 
 # %% ../../nbs/model/lean_graph.ipynb #bb7b59fe
-def _has_graphs(node: NodeProto) -> bool:
-    return any(each.HasField("g") or each.graphs for each in node.attribute)
-
-
-def _joins(node: NodeProto) -> bool:
-    """Whether a node puts columns side by side."""
-    return node.op_type == "Concat" and [each.i for each in node.attribute if each.name == "axis"] == [1]
-
-
 class _Picker:
     """Makes nodes that pick columns of the packed numbers."""
 
@@ -49,6 +40,15 @@ class _Picker:
         return helper.make_node("Gather", [PACKED, places], [output], axis=1)
 
 # %% ../../nbs/model/lean_graph.ipynb #385ec650
+def _has_graphs(node: NodeProto) -> bool:
+    return any(each.HasField("g") or each.graphs for each in node.attribute)
+
+
+def _joins(node: NodeProto) -> bool:
+    """Whether a node puts columns side by side."""
+    return node.op_type == "Concat" and [each.i for each in node.attribute if each.name == "axis"] == [1]
+
+
 def _renewed(graph: GraphProto, picker: _Picker) -> list[NodeProto]:
     """The nodes of a graph, which take columns from the packed numbers."""
     nodes, same, picked = list[Any](), dict[str, str](), set[str]()
@@ -70,17 +70,18 @@ def _renewed(graph: GraphProto, picker: _Picker) -> list[NodeProto]:
             nodes.append(node)
     return nodes
 
-
+# %% ../../nbs/model/lean_graph.ipynb #402344ee
 def pack(model: ModelProto, numbers: Sequence[str]) -> bool:
     """Let a graph take its inputs `numbers` as the columns of one, `PACKED`; whether that can be done."""
     from onnx import helper
 
     graph = model.graph
     inputs = {each.name: each for each in graph.input}
-    kinds = {inputs[name].type.tensor_type.elem_type for name in numbers if name in inputs}
-    names = {name for node in graph.node for name in (*node.input, *node.output)} | inputs.keys()
-    plain = any(each.domain == "" for each in model.opset_import) and not any(map(_has_graphs, graph.node))
-    if len(kinds) != 1 or not plain or PACKED in names or not names.issuperset(numbers):
+    taken = {name for node in graph.node for name in (*node.input, *node.output)} | inputs.keys()
+    if PACKED in taken or not inputs.keys() >= {*numbers} or any(map(_has_graphs, graph.node)):
+        return False
+    kinds = {inputs[name].type.tensor_type.elem_type for name in numbers}
+    if len(kinds) != 1 or all(each.domain for each in model.opset_import):  # ONNX's own domain has no name
         return False
     nodes = _renewed(graph, _Picker(graph, numbers))
     del graph.node[:], graph.input[:]
