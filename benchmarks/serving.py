@@ -20,7 +20,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -133,13 +132,6 @@ class Figures(NamedTuple):
     p99: float  # milliseconds
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def commands(folder: Path, tag: str, port: int, name: str) -> list[str]:
     """The command that serves `tag` in the way `name`."""
     programs, place = Path(sys.executable).parent, ["--host", "127.0.0.1", "--port", str(port)]
@@ -155,6 +147,8 @@ def commands(folder: Path, tag: str, port: int, name: str) -> list[str]:
 @contextmanager
 def served(folder: Path, tag: str, name: str, example: bytes) -> Iterator[str]:
     """The URL of a running service, which has answered."""
+    from nbprod.serve.process import free_port
+
     port = free_port()
     environ = os.environ | {
         "MODEL": tag,

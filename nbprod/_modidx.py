@@ -3237,6 +3237,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'nbprod.serve.process.service_environ': ( 'serve/process.html#service_environ',
                                                                                 'nbprod/serve/process.py'),
                                       'nbprod.serve.process.start_bentoml': ('serve/process.html#start_bentoml', 'nbprod/serve/process.py'),
+                                      'nbprod.serve.process.start_ready': ('serve/process.html#start_ready', 'nbprod/serve/process.py'),
                                       'nbprod.serve.process.start_service': ('serve/process.html#start_service', 'nbprod/serve/process.py'),
                                       'nbprod.serve.process.stop': ('serve/process.html#stop', 'nbprod/serve/process.py'),
                                       'nbprod.serve.process.wait_ready': ('serve/process.html#wait_ready', 'nbprod/serve/process.py')},

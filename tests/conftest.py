@@ -3,7 +3,6 @@
 import fcntl
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -118,13 +117,13 @@ def bento(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
     """A function that gives a TCP port of localhost which nobody listens on, another one at each call."""
+    from nbprod.serve import process
+
     given: set[int] = set()
 
     def find() -> int:
         while True:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
+            port = process.free_port()
             if port not in given:
                 given.add(port)
                 return port

@@ -21,6 +21,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from nbprod.serve.bento import build
+from nbprod.serve.process import PORT_LOST, STARTS
 
 SECRET, OTHER = "kX2v-9sQ4nB7wL1dT6hJ", "pR8c-3mF5yU0aZ7eG2iN"
 ROW = {"carrier": "UA", "wind": 3.5, "distance": 1400}
@@ -107,6 +108,30 @@ def status(
     return found[0] if found else 0
 
 
+def _start(
+    command: list[str], folder: Path, port: int, environ: Mapping[str, str], times: int = STARTS
+) -> Served:
+    """Start `command`, which serves on `port`, until it is ready or ends; it prints to `output` in `folder`."""
+    with (folder / "output").open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--timeout-graceful-shutdown", "20"],
+            cwd=folder,
+            env=os.environ | environ,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    service = Served(process, port, folder / "output")
+    try:
+        wait_for(lambda: process.poll() is not None or status(port) == 200, "the service to be ready", 120)
+    except BaseException:
+        stop(service)
+        raise
+    if times > 1 and process.poll() is not None and PORT_LOST in service.printed():
+        return _start(command, folder, port, environ, times - 1)
+    return service
+
+
 @contextmanager
 def served(
     bento: str,
@@ -122,18 +147,9 @@ def served(
     overrides = {"services": {bento.split(":")[0]: {"workers": workers}}}
     variables = {"NBPROD_STORE": str(folder / "store"), "BENTOML_CONFIG_OVERRIDES": json.dumps(overrides)}
     command = [python, "-m", "bentoml", "serve", bento, "--host", host, "--port", str(port)]
-    with (folder / "output").open("wb") as output:
-        process = subprocess.Popen(
-            [*command, "--timeout-graceful-shutdown", "20"],
-            cwd=folder,
-            env=os.environ | variables | environ,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    service = Served(process, port, folder / "output")
+    service = _start(command, folder, port, variables | environ)
+    process = service.process
     try:
-        wait_for(lambda: process.poll() is not None or status(port) == 200, "the service to be ready", 120)
         wait_for(lambda: process.poll() is not None or len(service.workers()) == workers, "all workers")
         if workers > 1:  # one may be ready before the others
             ready = f"Service {bento.split(':')[0]} initialized"

@@ -672,6 +672,23 @@ def test_a_port_in_use_is_one_clear_line(url: str, built: BuiltBento, own_store:
             start()
 
 
+def test_a_service_that_loses_a_port_of_its_supervisor_is_started_again(
+    built: BuiltBento, own_store: Settings, tmp_path: Path
+) -> None:
+    """BentoML lets its own two ports go before it uses them; here the first start finds one taken."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        f"started = {str(tmp_path / 'started')!r}\n"
+        "if not os.path.exists(started):\n"
+        "    open(started, 'x').close()\n"
+        "    print('zmq.error.ZMQError: Address already in use (addr=...)', flush=True)\n"
+        "    os._exit(1)\n"
+    )
+    environ = os.environ | {"PYTHONPATH": str(tmp_path)}
+    with start_service(built.bento, settings=own_store, environ=environ) as url:
+        assert (tmp_path / "started").exists() and reachable(url)
+
+
 def test_a_store_that_cannot_be_written_is_one_clear_line(built: BuiltBento, tmp_path: Path) -> None:
     (tmp_path / "occupied").touch()
     environ = os.environ | {"NBPROD_STORE": str(tmp_path / "occupied")}

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
+from random import SystemRandom
 from typing import IO, Any
 
 from ..errors import ServeError
@@ -28,16 +29,26 @@ from ..files import hold, is_held
 from ..settings import Settings, bentoml_home, limits, load_settings, log_settings
 
 # %% auto #0
-__all__ = ['DRAIN_SECONDS', 'free_port', 'check_port', 'link_home', 'remove_stale', 'private_home', 'service_environ',
-           'start_bentoml', 'serve_arguments', 'descendants', 'stop', 'reason_of', 'has_failed', 'wait_ready',
-           'local_url', 'start_service']
+__all__ = ['PORTS', 'DRAIN_SECONDS', 'STARTS', 'PORT_LOST', 'free_port', 'check_port', 'link_home', 'remove_stale',
+           'private_home', 'service_environ', 'start_bentoml', 'serve_arguments', 'descendants', 'stop', 'reason_of',
+           'has_failed', 'wait_ready', 'start_ready', 'local_url', 'start_service']
 
 # %% ../../nbs/serve/process.ipynb #9b8e6a72
+PORTS = range(20_000, 32_000)  # Linux hands out those from 32768 on, others from 49152
+
+
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port of `host` that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A port of `host` that nobody listens on, and that systems do not hand out; raises `ServeError`."""
+    reason = ""
+    for port in SystemRandom().sample(PORTS, 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                reason = str(error)
+            else:
+                return port
+    raise ServeError(f"No port of {host} can be used: {reason}.")
 
 # %% ../../nbs/serve/process.ipynb #77ece5f8
 def check_port(host: str, port: int) -> None:
@@ -228,6 +239,31 @@ def wait_ready(url: str, process: subprocess.Popen[bytes], log: Path, timeout: f
         said = "it answers its golden examples otherwise than when the model was logged"
         raise ServeError(f"The service started and is not ready (status {status}): {said}.")
 
+# %% ../../nbs/serve/process.ipynb #c065370f
+STARTS = 3
+PORT_LOST = "ZMQError: Address already in use"
+
+
+def start_ready(
+    arguments: list[str], folder: Path, environ: Mapping[str, str], url: str, timeout: float
+) -> subprocess.Popen[bytes]:
+    """Start BentoML's command line in `folder` and return when its service answers at `url` as it should.
+
+    What it prints goes to `service.log` there. Raises `ServeError` with the reason if it does not.
+    """
+    log, left = folder / "service.log", STARTS
+    while True:
+        left -= 1
+        with log.open("wb") as output:
+            process = start_bentoml(arguments, folder, environ, output)
+        try:
+            wait_ready(url, process, log, timeout)
+            return process
+        except BaseException as error:
+            stop(process, [])
+            if not left or PORT_LOST not in str(error):
+                raise
+
 # %% ../../nbs/serve/process.ipynb #77c48718
 def local_url(host: str, port: int) -> str:
     """The URL at which this machine reaches a service that listens on `port` of `host`."""
@@ -256,14 +292,10 @@ def start_service(
     settings = settings or load_settings(required=False)
     with private_home(home or bentoml_home()) as own:
         variables = service_environ(own, bento.split(":")[0], workers, settings, environ)
-        arguments = serve_arguments(bento, host, port)
-        log = own / "service.log"
-        with log.open("wb") as output:
-            process = start_bentoml(arguments, own, variables, output)
+        url = local_url(host, port)
+        process = start_ready(serve_arguments(bento, host, port), own, variables, url, timeout)
         seen: list[Any] = []
         try:
-            url = local_url(host, port)
-            wait_ready(url, process, log, timeout)
             seen = descendants(process)
             yield url
         finally:
