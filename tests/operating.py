@@ -111,7 +111,7 @@ def status(
 def _start(
     command: list[str], folder: Path, port: int, environ: Mapping[str, str], times: int = STARTS
 ) -> Served:
-    """Start `command`, which serves on `port`, until it is ready or ends; it prints to `output` in `folder`."""
+    """Start `command`, which serves on `port`, until it is ready or ends; it prints into `folder`."""
     with (folder / "output").open("wb") as output:
         process = subprocess.Popen(
             [*command, "--timeout-graceful-shutdown", "20"],
