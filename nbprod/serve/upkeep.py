@@ -5,7 +5,9 @@
 # %% ../../nbs/serve/upkeep.ipynb #f08a88bd
 from __future__ import annotations
 
+import ctypes
 import logging
+import sys
 import threading
 import time
 
@@ -37,10 +39,13 @@ def try_compaction(name: str, settings: Settings) -> bool | None:
 
 # %% ../../nbs/serve/upkeep.ipynb #6958dbf9
 def give_back_memory() -> None:
-    """Return to the system what Arrow no longer uses."""
+    """Return to the system what Arrow and the C library no longer use."""
     import pyarrow as pa
 
     pa.default_memory_pool().release_unused()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 # %% ../../nbs/serve/upkeep.ipynb #0def3d32
 class Upkeep:
