@@ -9,8 +9,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ModelError
 from .graph import PACKED
-from .predictor import Plan
+from .predictor import Plan, wanted_outputs
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
@@ -109,12 +110,14 @@ def keep_outputs(model: ModelProto, names: Collection[str]) -> None:
 
 # %% ../../nbs/model/lean_graph.ipynb #3a7ec16a
 def lean(graph: bytes, plan: Plan) -> tuple[bytes, Plan]:
-    """A graph that answers the same for less, and its plan."""
+    """A graph that answers the same for less, and its plan; `ModelError` if it lacks probabilities."""
     from onnx import load_from_string
 
     model = load_from_string(graph)
     numbers = [name for name, kind in plan.inputs.items() if kind == "number"]
     packed = plan.packed or (len(numbers) > 1 and pack(model, numbers))
-    if plan.labels is not None and plan.probabilistic:
-        keep_outputs(model, [each.name for each in model.graph.output][1:2])
+    outputs = [each.name for each in model.graph.output]
+    if plan.probabilistic and len(outputs) < 2:
+        raise ModelError("the graph has no probabilities")
+    keep_outputs(model, wanted_outputs(plan, outputs))
     return model.SerializeToString(), replace(plan, packed=packed)
