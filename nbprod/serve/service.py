@@ -172,6 +172,8 @@ def prepare_deployment(name: str) -> None:
         raise BentoMLException(str(error)) from error
     allow_files()
     os.environ |= log_settings(settings) | limits(settings)
+    if sys.platform == "linux":
+        os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
 # %% ../../nbs/serve/service.ipynb #577cab1e
 def open_desk(desk: Desk, model: Model, notebook: Path | None, service: Service[Any]) -> None:
