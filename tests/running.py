@@ -5,12 +5,15 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from nbclient import NotebookClient
+from nbformat import NotebookNode
 
 from nbprod.experiment.recording import METADATA_KEY, NOTEBOOK_NAME, read_record
 from nbprod.settings import load_settings
@@ -27,6 +30,21 @@ print("so far", flush=True)
 while True:
     time.sleep(0.1)
 """
+
+
+def run_cells(notebook: NotebookNode, folder: Path) -> None:
+    """Run all cells of `notebook` in `folder`; raises nbclient's errors.
+
+    The kernel gets sockets in a folder: of ports, which are picked before they are used, others may take one.
+    """
+    import papermill  # noqa: F401  # which imports the engine, and has to be the first to
+
+    from nbprod.experiment.engine import kernel_config
+
+    place = {"metadata": {"path": str(folder)}}
+    with tempfile.TemporaryDirectory(prefix="nbprod-", ignore_cleanup_errors=True) as scratch:
+        NotebookClient(notebook, timeout=120, resources=place, config=kernel_config(scratch)).execute()
+
 
 # Writes runs as the engine does.
 MAKE = """

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import nbformat
 import pytest
 from metrics_service import MetricsService, winter
-from nbclient import NotebookClient
+from running import run_cells
 
 from nbprod.errors import UsageError
 from nbprod.widgets.dashboard import Dashboard
@@ -144,7 +144,7 @@ def test_an_address_that_is_none_is_refused(url):
         Dashboard(url)
 
 
-def test_in_a_kernel_it_goes_on_while_a_cell_runs_and_leaves_its_description(service):
+def test_in_a_kernel_it_goes_on_while_a_cell_runs_and_leaves_its_description(service, tmp_path):
     cells = [
         "from nbprod.widgets.dashboard import Dashboard",
         f"dashboard = Dashboard({service.url!r}, interval=0.1)\ndashboard",
@@ -154,7 +154,7 @@ def test_in_a_kernel_it_goes_on_while_a_cell_runs_and_leaves_its_description(ser
         "dashboard.stop()",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
+    run_cells(notebook, tmp_path)
     assert [len(cell.outputs) for cell in notebook.cells] == [0, 1, 0, 0], "nothing was printed elsewhere"
     left = notebook.cells[1].outputs[0].data
     assert list(left) == ["text/plain"] and "arrival_delay:1 is stopped" in left["text/plain"]

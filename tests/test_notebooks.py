@@ -6,8 +6,8 @@ from pathlib import Path
 import nbformat
 import pytest
 from conftest import ROOT
-from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from running import run_cells
 
 NOTEBOOKS = sorted(
     path.relative_to(ROOT).as_posix()
@@ -39,9 +39,8 @@ def execute(path: Path) -> str | None:
     """Run the notebook at `path` without saving it; what the first cell that failed said, if one did."""
     notebook = nbformat.read(path, as_version=4)
     notebook.cells = [cell for cell in notebook.cells if not NOT_RUN.search(cell.source)]
-    client = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}})
     try:
-        client.execute()
+        run_cells(notebook, path.parent)
     except CellExecutionError as error:
         return COLOUR.sub("", str(error))
     return None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
+from running import run_cells
 
 from nbprod import project
 from nbprod.errors import NbprodError, UsageError
@@ -102,7 +102,7 @@ def test_its_training_notebook_runs_and_shows_figures(
     monkeypatch.setenv("NBPROD_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("PYTHONPATH", str(made))
     notebook = nbformat.read(made / "nbs/10_train.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(made / "nbs")}}).execute()
+    run_cells(notebook, made / "nbs")
     data = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in each for each in data) == 3
     records = [each["application/vnd.nbprod.record+json"] for each in data if "vnd.nbprod" in str(each)]
