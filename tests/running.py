@@ -15,6 +15,7 @@ import pytest
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
+from nbprod.experiment.provisioning import kernel_config
 from nbprod.experiment.recording import METADATA_KEY, NOTEBOOK_NAME, read_record
 from nbprod.settings import load_settings
 
@@ -37,10 +38,6 @@ def run_cells(notebook: NotebookNode, folder: Path) -> None:
 
     The kernel gets sockets in a folder: of ports, which are picked before they are used, others may take one.
     """
-    import papermill  # noqa: F401  # which imports the engine, and has to be the first to
-
-    from nbprod.experiment.engine import kernel_config
-
     place = {"metadata": {"path": str(folder)}}
     with tempfile.TemporaryDirectory(prefix="nbprod-", ignore_cleanup_errors=True) as scratch:
         NotebookClient(notebook, timeout=120, resources=place, config=kernel_config(scratch)).execute()

@@ -6,22 +6,13 @@
 from __future__ import annotations
 
 import tempfile
-from pathlib import Path
 from typing import Any
 
 from nbformat import NotebookNode
 from papermill.engines import NBClientEngine, NotebookExecutionManager
-from traitlets.config import Config
 
 # %% auto #0
-__all__ = ['kernel_config', 'NotebookEngine']
-
-# %% ../../nbs/experiment/engine.ipynb #69613b9f
-def kernel_config(scratch: str | Path) -> Config:
-    """How kernels are started here: with sockets in the folder `scratch`, and a client that does not idle."""
-    client = "nbprod.experiment.provisioning.PromptClient"
-    sockets = {"transport": "ipc", "connection_file": str(Path(scratch) / "kernel.json")}
-    return Config(KernelManager=sockets | {"client_class": client})
+__all__ = ['NotebookEngine']
 
 # %% ../../nbs/experiment/engine.ipynb #7929fffa
 class NotebookEngine(NBClientEngine):
@@ -32,6 +23,8 @@ class NotebookEngine(NBClientEngine):
         cls, nb_man: NotebookExecutionManager, kernel_name: str, **options: Any
     ) -> NotebookNode:
         """Execute the notebook that `nb_man` manages; the options are those of papermill's own engine."""
+        from nbprod.experiment.provisioning import kernel_config
+
         with tempfile.TemporaryDirectory(prefix="nbprod-", ignore_cleanup_errors=True) as scratch:
             options.setdefault("config", kernel_config(scratch))
             return super().execute_managed_notebook(nb_man, kernel_name, **options)

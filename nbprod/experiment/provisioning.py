@@ -22,11 +22,13 @@ from jupyter_client.channels import AsyncZMQSocketChannel
 from jupyter_client.manager import KernelManager
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 from traitlets import Any as AnyTrait, Type
+from traitlets.config import Config
 
 from .forking import ForkedProcess
 
 # %% auto #0
-__all__ = ['AGAIN', 'STARTING', 'FORKED', 'WatchfulChannel', 'PromptClient', 'ForkedProvisioner', 'is_this_python', 'use_forked']
+__all__ = ['AGAIN', 'STARTING', 'FORKED', 'WatchfulChannel', 'PromptClient', 'kernel_config', 'ForkedProvisioner',
+           'is_this_python', 'use_forked']
 
 # %% ../../nbs/experiment/provisioning.ipynb #44c436a6
 AGAIN = 0.2  # seconds
@@ -87,6 +89,13 @@ class PromptClient(AsyncKernelClient):
                 raise RuntimeError(f"Kernel didn't respond in {timeout:g} seconds")
 
     wait_for_ready = _async_wait_for_ready
+
+# %% ../../nbs/experiment/provisioning.ipynb #69613b9f
+def kernel_config(scratch: str | Path) -> Config:
+    """How kernels are started here: with sockets in the folder `scratch`, and a client that does not idle."""
+    sockets = {"transport": "ipc", "connection_file": str(Path(scratch) / "kernel.json")}
+    client = "nbprod.experiment.provisioning.PromptClient"
+    return Config(KernelManager=sockets | {"client_class": client})
 
 # %% ../../nbs/experiment/provisioning.ipynb #004febf4
 STARTING = 10.0  # seconds that a kernel's start is awaited before its client looks for it

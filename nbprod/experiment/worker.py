@@ -36,10 +36,9 @@ from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
-from .engine import kernel_config
 from .forking import ForkedProcess
 from .kernels import kernel_environment
-from .provisioning import is_this_python, use_forked
+from .provisioning import is_this_python, kernel_config, use_forked
 from .recording import METADATA_KEY, NOTEBOOK_NAME, collect, unwritable
 from .redaction import forms, redacted, redacted_notebook
 from .streaming import OutputStream

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['Width', 'MISSING', 'PACKED', 'SMALL', 'MANY', 'SMALL_GRAPH', 'kind_of', 'kinds_of', 'texts', 'number_places',
-           'feed_columns', 'feed', 'RowFeeder', 'open_session', 'thread_count', 'Sessions']
+__all__ = ['Width', 'MISSING', 'PACKED', 'SMALL', 'MANY', 'SMALL_GRAPH', 'kind_of', 'kinds_of', 'texts', 'feed_columns', 'feed',
+           'RowFeeder', 'open_session', 'thread_count', 'Sessions']
 
 # %% ../../nbs/model/graph.ipynb #aa9cdde4
 Width = Literal["float32", "float64"]
@@ -54,11 +54,6 @@ def texts(values: np.ndarray) -> np.ndarray:
     return column.reshape(-1, 1)
 
 
-def number_places(kinds: Mapping[str, str]) -> list[int]:
-    """Which columns are numbers, by their positions."""
-    return [place for place, kind in enumerate(kinds.values()) if kind == "number"]
-
-
 def feed_columns(arrays: Mapping[str, Any], kinds: Mapping[str, str], width: Width) -> dict[str, Any]:
     """Arrays by name as the inputs of a graph, n by 1 each."""
     import numpy as np
@@ -75,10 +70,12 @@ SMALL = 500  # rows
 def _whole(frame: pd.DataFrame, kinds: Mapping[str, str], width: Width, packed: bool) -> dict[str, Any]:
     """The inputs that a small table makes."""
     values = frame.to_numpy(dtype=object)
-    numbers = {PACKED: values[:, number_places(kinds)].astype(width)} if packed else {}
-    alone = {name: place for place, name in enumerate(kinds) if not packed or kinds[name] == "text"}
-    arrays = {name: values[:, place] for name, place in alone.items()}
-    return numbers | feed_columns(arrays, {name: kinds[name] for name in alone}, width)
+    arrays = {name: values[:, place] for place, name in enumerate(kinds)}
+    if not packed:
+        return feed_columns(arrays, kinds, width)
+    alone = {name: kind for name, kind in kinds.items() if kind == "text"}
+    numbers = [place for place, kind in enumerate(kinds.values()) if kind == "number"]
+    return {PACKED: values[:, numbers].astype(width), **feed_columns(arrays, alone, width)}
 
 
 def _by_column(frame: pd.DataFrame, kinds: Mapping[str, str], width: Width, packed: bool) -> dict[str, Any]:
@@ -86,18 +83,16 @@ def _by_column(frame: pd.DataFrame, kinds: Mapping[str, str], width: Width, pack
     import numpy as np
 
     arrays: dict[str, Any] = {}
-    if packed:
-        arrays[PACKED] = np.empty((len(frame), len(number_places(kinds))), dtype=width)
-        numbers = iter(arrays[PACKED].T)
     for place, (name, kind) in enumerate(kinds.items()):
         column = frame.iloc[:, place]
         if kind == "text":
             values, missing = column.to_numpy(dtype=object), column.isna().to_numpy()
-            arrays[name] = (np.where(missing, MISSING, values) if missing.any() else values).reshape(-1, 1)
-        elif packed:
-            next(numbers)[:] = column.to_numpy(dtype=width, na_value=np.nan)
+            made = np.where(missing, MISSING, values) if missing.any() else values
         else:
-            arrays[name] = column.to_numpy(dtype=width, na_value=np.nan).reshape(-1, 1)
+            made = column.to_numpy(dtype=width, na_value=np.nan)
+        arrays[name] = made.reshape(-1, 1)
+    if packed:
+        arrays[PACKED] = np.hstack([arrays.pop(name) for name, kind in kinds.items() if kind == "number"])
     return arrays
 
 # %% ../../nbs/model/graph.ipynb #64bd9094

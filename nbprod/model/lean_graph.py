@@ -5,7 +5,7 @@
 # %% ../../nbs/model/lean_graph.ipynb #3c7f5580
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
 
 # %% auto #0
-__all__ = ['pack', 'keep_outputs', 'lean']
+__all__ = ['pack', 'lean']
 
 # %% ../../nbs/model/lean_graph.ipynb #bb7b59fe
 class _Picker:
@@ -41,10 +41,6 @@ class _Picker:
         return helper.make_node("Gather", [PACKED, places], [output], axis=1)
 
 # %% ../../nbs/model/lean_graph.ipynb #385ec650
-def _has_graphs(node: NodeProto) -> bool:
-    return any(each.HasField("g") or each.graphs for each in node.attribute)
-
-
 def _joins(node: NodeProto) -> bool:
     """Whether a node puts columns side by side."""
     return node.op_type == "Concat" and [each.i for each in node.attribute if each.name == "axis"] == [1]
@@ -79,7 +75,7 @@ def pack(model: ModelProto, numbers: Sequence[str]) -> bool:
     graph = model.graph
     inputs = {each.name: each for each in graph.input}
     taken = {name for node in graph.node for name in (*node.input, *node.output)} | inputs.keys()
-    if PACKED in taken or not inputs.keys() >= {*numbers} or any(map(_has_graphs, graph.node)):
+    if PACKED in taken or not inputs.keys() >= {*numbers}:
         return False
     kinds = {inputs[name].type.tensor_type.elem_type for name in numbers}
     if len(kinds) != 1 or all(each.domain for each in model.opset_import):  # ONNX's own domain has no name
@@ -91,33 +87,23 @@ def pack(model: ModelProto, numbers: Sequence[str]) -> bool:
     graph.input.extend(each for name, each in inputs.items() if name not in numbers)
     return True
 
-# %% ../../nbs/model/lean_graph.ipynb #c246adae
-def keep_outputs(model: ModelProto, names: Collection[str]) -> None:
-    """Leave in a graph what its outputs `names` need, and nothing else."""
-    graph, needed, nodes = model.graph, {*names}, list[Any]()
-    for node in reversed(graph.node):
-        if _has_graphs(node):
-            return  # what it takes is not told by its inputs
-        if not needed.isdisjoint(node.output):
-            nodes.append(node)
-            needed.update(node.input)
-    outputs = [each for each in graph.output if each.name in names]
-    constants = [each for each in graph.initializer if each.name in needed]
-    del graph.node[:], graph.output[:], graph.initializer[:]
-    graph.node.extend(reversed(nodes))
-    graph.output.extend(outputs)
-    graph.initializer.extend(constants)
-
 # %% ../../nbs/model/lean_graph.ipynb #3a7ec16a
+def _has_graphs(node: NodeProto) -> bool:
+    return any(each.HasField("g") or each.graphs for each in node.attribute)
+
+
 def lean(graph: bytes, plan: Plan) -> tuple[bytes, Plan]:
     """A graph that answers the same for less, and its plan; `ModelError` if it lacks probabilities."""
     from onnx import load_from_string
+    from skl2onnx.helpers.onnx_helper import select_model_inputs_outputs
 
     model = load_from_string(graph)
-    numbers = [name for name, kind in plan.inputs.items() if kind == "number"]
-    packed = plan.packed or (len(numbers) > 1 and pack(model, numbers))
     outputs = [each.name for each in model.graph.output]
     if plan.probabilistic and len(outputs) < 2:
         raise ModelError("the graph has no probabilities")
-    keep_outputs(model, wanted_outputs(plan, outputs))
+    if any(map(_has_graphs, model.graph.node)):
+        return graph, plan
+    model = select_model_inputs_outputs(model, wanted_outputs(plan, outputs))
+    numbers = [name for name, kind in plan.inputs.items() if kind == "number"]
+    packed = plan.packed or (len(numbers) > 1 and pack(model, numbers))
     return model.SerializeToString(), replace(plan, packed=packed)

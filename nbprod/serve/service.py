@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import gc
 import logging
 import os
@@ -36,6 +35,7 @@ from .guard import Guard, announce
 from .keys import load_keys
 from .openapi import openapi_document
 from .inference_protocol import infer_paths, protocol_pages
+from .memory import arrow_memory, return_large_memory
 from .messages import Reply, json_reply
 from .process_number import keep_process_number
 from .routes import BATCHED, Desk, Routes
@@ -49,11 +49,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("nbprod.serve")
 
 # %% auto #0
-__all__ = ['logger', 'SECURITY_POLICY', 'SWITCH_SECONDS', 'COLLECT_AFTER', 'LARGE_BYTES', 'MMAP_THRESHOLD', 'TRIM_THRESHOLD',
-           'LEAVE_SECONDS', 'DURATION_BUCKETS', 'CONCURRENT', 'BATCH_MILLISECONDS', 'api_types', 'model_facts',
-           'notebook_page', 'pages', 'calm_interpreter', 'return_large_memory', 'spare_access_log',
-           'prepare_deployment', 'open_desk', 'close_desk', 'is_ready', 'watch_signals', 'service_options',
-           'create_service']
+__all__ = ['logger', 'SECURITY_POLICY', 'SWITCH_SECONDS', 'COLLECT_AFTER', 'LEAVE_SECONDS', 'DURATION_BUCKETS', 'CONCURRENT',
+           'BATCH_MILLISECONDS', 'api_types', 'model_facts', 'notebook_page', 'pages', 'calm_interpreter',
+           'spare_access_log', 'prepare_deployment', 'open_desk', 'close_desk', 'is_ready', 'watch_signals',
+           'service_options', 'create_service']
 
 # %% ../../nbs/serve/service.ipynb #33c765b5
 def api_types(model: Model) -> dict[str, type[BaseModel]]:
@@ -141,17 +140,6 @@ def calm_interpreter() -> None:
     gc.set_threshold(COLLECT_AFTER, 20, 20)
     sys.setswitchinterval(SWITCH_SECONDS)
 
-# %% ../../nbs/serve/service.ipynb #3ee20b90
-LARGE_BYTES = 2**20
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # as malloc.h names them, M_…
-
-
-def return_large_memory() -> bool:
-    """Let pieces of more than `LARGE_BYTES` go back when they are freed; whether the C library was told."""
-    tell = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    thresholds = (MMAP_THRESHOLD, TRIM_THRESHOLD)
-    return tell is not None and all(tell(each, LARGE_BYTES) for each in thresholds)
-
 # %% ../../nbs/serve/service.ipynb #d753018b
 def spare_access_log() -> None:
     """Let uvicorn compose no lines for its access log, unless it is wanted."""
@@ -171,9 +159,7 @@ def prepare_deployment(name: str) -> None:
     except NbprodError as error:
         raise BentoMLException(str(error)) from error
     allow_files()
-    os.environ |= log_settings(settings) | limits(settings)
-    if sys.platform == "linux":
-        os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+    os.environ |= log_settings(settings) | limits(settings) | arrow_memory()
 
 # %% ../../nbs/serve/service.ipynb #577cab1e
 def open_desk(desk: Desk, model: Model, notebook: Path | None, service: Service[Any]) -> None:

@@ -5,20 +5,19 @@
 # %% ../../nbs/serve/upkeep.ipynb #f08a88bd
 from __future__ import annotations
 
-import ctypes
 import logging
-import sys
 import threading
 import time
 
 from ..errors import NbprodError
 from .compaction import compact
+from .memory import give_back_memory
 from ..settings import Settings
 
 logger = logging.getLogger("nbprod.serve")
 
 # %% auto #0
-__all__ = ['logger', 'HOURLY', 'SOON', 'CLOSE_SECONDS', 'try_compaction', 'give_back_memory', 'Upkeep']
+__all__ = ['logger', 'HOURLY', 'SOON', 'CLOSE_SECONDS', 'try_compaction', 'Upkeep']
 
 # %% ../../nbs/serve/upkeep.ipynb #c2828afc
 HOURLY = 3600.0  # seconds
@@ -36,16 +35,6 @@ def try_compaction(name: str, settings: Settings) -> bool | None:
         # A disk may be full; what is not moved stays where it is, and can be read there.
         logger.exception("The log of %s could not be compacted; it is tried again", name)
     return None
-
-# %% ../../nbs/serve/upkeep.ipynb #6958dbf9
-def give_back_memory() -> None:
-    """Return to the system what Arrow and the C library no longer use."""
-    import pyarrow as pa
-
-    pa.default_memory_pool().release_unused()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 # %% ../../nbs/serve/upkeep.ipynb #0def3d32
 class Upkeep:
